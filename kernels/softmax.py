@@ -1,0 +1,454 @@
+"""Softmax attention, forward: FlashAttention with an online softmax, and its split-KV form for decoding.
+
+    o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij − L_i),   L_i = log Σ_j exp s_ij,   s_ij = scale · q_i·k_j
+
+(Dao et al., arXiv 2205.14135; the accumulator stays unscaled until the end as in arXiv 2307.08691; partial results
+are merged as theory ONL-4 says.) One program computes one tile of queries of one head. It walks first over the key
+tiles that every one of its rows sees whole, where nothing is masked, then over those on the edge of a mask; tiles
+that nobody sees are skipped. Softmax does not care for the order.
+
+What is kept on purpose:
+
+* Scores are rounded *before* the maximum is taken and subtracted (and the kernels are launched without contraction
+  of multiply and add), so that the argmax of a row gets p = 1 exactly: a fused s·scale − max leaves the rounding of
+  the product as a residual, which overflows exp2 at scores of 1e10 (bugs B07).
+* A row whose every score so far is masked keeps the maximum −inf and subtracts 0 (−inf − −inf would be NaN, B03).
+* 0·NaN: a NaN or inf in V, where P is 0 because the key is masked, must not reach the row (B21). On edge tiles, and
+  only when a V tile holds such a value, the value is taken out and the rows that do see it are set to NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from attnproof.kernels.arguments import (
+    ALIGNED,
+    check_attention_tensors,
+    check_block,
+    check_choice,
+    check_cu_seqlens,
+    check_positive,
+    check_sinks,
+    check_splits,
+    key_band,
+    memory_layout,
+    padded_bias,
+    padded_width,
+)
+from attnproof.properties.contract import Contract, Supports, promises
+
+__all__ = ["Tiles", "attention", "attention_split", "tiles_for"]
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+INF: tl.constexpr = tl.constexpr(math.inf)
+
+# Sizes, strides and addresses are run-time values: what depends on them is told to the compiler by LAYOUT alone.
+RUNTIME = (
+    "p_q p_k p_v p_bias p_sinks p_cu p_o p_lse s_qb s_qh s_qm s_qd s_kb s_kh s_kn s_kd s_vb s_vh s_vn s_ve "
+    "s_bb s_bh s_bm s_bn s_sink s_split H GROUP M N D E left right split_tiles"
+).split()
+
+
+@triton.jit
+def capped(b_x):
+    """tanh(b_x) to a few ulp: 1 − exp cancels near 0, so an odd polynomial takes over there (Cephes tanhf)."""
+    b_z = b_x * b_x
+    b_c = (((-5.70498872745e-3 * b_z + 2.06390887954e-2) * b_z - 5.37397155531e-2) * b_z + 1.33314422036e-1) * b_z
+    b_small = b_x + b_x * b_z * (b_c - 3.33332819422e-1)
+    b_t = tl.exp2(tl.abs(b_x) * (-2 * LOG2E))
+    b_large = (1 - b_t) / (1 + b_t)
+    return tl.where(tl.abs(b_x) < 0.625, b_small, tl.where(b_x < 0, -b_large, b_large))
+
+
+@triton.jit
+def tile_range(i_m, i_s, n_q, n_k, left, right, split_tiles, LEFT: tl.constexpr, RIGHT: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr):  # fmt: skip
+    """Key tiles [t0, t1) that some row of query tile i_m sees, and [f0, f1) within them that every row sees whole."""
+    i_first = i_m * BM
+    i_last = tl.minimum(i_first + BM, n_q) - 1
+    lo, full_lo, hi, full_hi = 0, 0, n_k, n_k
+    if LEFT:
+        lo = tl.maximum(i_first + left, 0)
+        full_lo = tl.maximum(i_last + left, 0)
+    if RIGHT:
+        hi = tl.minimum(tl.maximum(i_last + right + 1, 0), n_k)
+        full_hi = tl.minimum(tl.maximum(i_first + right + 1, 0), n_k)
+    t0 = tl.maximum(lo // BN, i_s * split_tiles)
+    t1 = tl.maximum(tl.minimum((hi + BN - 1) // BN, (i_s + 1) * split_tiles), t0)
+    f0 = tl.minimum(tl.maximum((full_lo + BN - 1) // BN, t0), t1)
+    f1 = tl.maximum(tl.minimum(full_hi // BN, t1), f0)
+    return t0, t1, f0, f1
+
+
+@triton.jit
+def loaded(p_x, m_x, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(p_x, mask=m_x, other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def isolated(b_v, m_s, b_nan):
+    """V with its non-finite entries taken out, and the rows that see one of them marked by NaN in b_nan."""
+    m_finite = tl.abs(b_v.to(tl.float32)) < INF
+    b_bad = tl.max(1 - m_finite.to(tl.int32), 1)
+    if tl.max(b_bad, 0) > 0:
+        b_v = tl.where(m_finite, b_v, tl.zeros_like(b_v))
+        b_hit = tl.max(tl.where(m_s, b_bad[None, :], 0), 1)
+        b_nan = tl.where(b_hit > 0, float("nan"), b_nan)
+    return b_v, b_nan
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def attention_kernel(
+    p_q, p_k, p_v, p_bias, p_sinks, p_cu, p_o, p_lse,
+    s_qb: tl.int64, s_qh: tl.int64, s_qm: tl.int64, s_qd: tl.int64,
+    s_kb: tl.int64, s_kh: tl.int64, s_kn: tl.int64, s_kd: tl.int64,
+    s_vb: tl.int64, s_vh: tl.int64, s_vn: tl.int64, s_ve: tl.int64,
+    s_bb: tl.int64, s_bh: tl.int64, s_bm: tl.int64, s_bn: tl.int64,
+    s_sink: tl.int64, s_split: tl.int64,
+    H, GROUP, M, N, D, E, left, right, split_tiles,
+    score_scale, cap,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_E: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    i_bh, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_g = i_h // GROUP
+    if LAYOUT > 0:
+        s_qd, s_kd, s_ve = 1, 1, 1
+    if LAYOUT > 1:  # strides come divided by 16: the multiplication tells the compiler that rows are aligned
+        s_qm, s_kn, s_vn = s_qm * 16, s_kn * 16, s_vn * 16
+
+    # the sequence: a batch entry, or the piece [i_bos, i_bos + n_q) of a packed row (whose batch strides are 0)
+    n_q, n_k = M, N
+    i_bos = tl.zeros([], dtype=tl.int64)
+    i_row = i_s * s_split + i_bh.to(tl.int64) * M
+    if p_cu is not None:
+        i_bos = tl.load(p_cu + i_b).to(tl.int64)
+        n_q = (tl.load(p_cu + i_b + 1) - i_bos).to(tl.int32)
+        n_k = n_q
+        i_row = i_h * M + i_bos
+    p_q += i_b * s_qb + i_h * s_qh + (i_bos + i_m * BM) * s_qm
+    p_k += i_b * s_kb + i_g * s_kh + i_bos * s_kn
+    p_v += i_b * s_vb + i_g * s_vh + i_bos * s_vn
+    if LAYOUT > 1:
+        p_q, p_k, p_v = tl.multiple_of(p_q, 16), tl.multiple_of(p_k, 16), tl.multiple_of(p_v, 16)
+
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    o_e = tl.arange(0, BE)
+    m_q = o_m < n_q
+    # [BM, BD]
+    m_qd = m_q[:, None] & (o_d < D)[None, :] if PAD_D else m_q[:, None]
+    b_q = tl.load(p_q + (tl.arange(0, BM).to(tl.int64) * s_qm)[:, None] + (o_d * s_qd)[None, :], mask=m_qd, other=0.0)
+    # [BD, BN], [BN, BE]
+    o_k = (o_n.to(tl.int64) * s_kn)[None, :] + (o_d * s_kd)[:, None]
+    o_v = (o_n.to(tl.int64) * s_vn)[:, None] + (o_e * s_ve)[None, :]
+
+    # Scores are kept in bits, with log2 e folded into score_scale; with a bias in nats, so that a bias of
+    # -finfo.max stays finite. UNIT is the number of bits in a unit of score.
+    UNIT: tl.constexpr = 1.0 if p_bias is None else LOG2E
+    # [BM]: running maximum and sum of exp2(score − maximum); the rows that saw a non-finite value; [BM, BE]: Σ p v
+    b_max = tl.full([BM], -INF, dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    b_nan = tl.zeros([BM], dtype=tl.float32)
+    b_o = tl.zeros([BM, BE], dtype=tl.float32)
+    if p_sinks is not None:
+        b_max = tl.zeros_like(b_max) + tl.load(p_sinks + i_h * s_sink).to(tl.float32) * (LOG2E / UNIT)
+        b_sum = tl.where(b_max == -INF, 0.0, 1.0)
+
+    t0, t1, f0, f1 = tile_range(i_m, i_s, n_q, n_k, left, right, split_tiles, LEFT, RIGHT, BM, BN)
+    if p_bias is not None:
+        f1 = f0  # a bias may mask anywhere
+    # EDGE 0: tiles seen whole; EDGE 1: tiles under a mask
+    for EDGE in tl.static_range(0 if p_bias is None else 1, 2):
+        for i_t in range(0, (t1 - t0) - (f1 - f0) if EDGE else f1 - f0):
+            # the edges lie on both sides of the tiles that are seen whole
+            i_n = (t0 + i_t + (f1 - f0) * (i_t >= f0 - t0).to(tl.int32) if EDGE else f0 + i_t) * BN
+            m_n = i_n + o_n < n_k
+            m_kd = (o_d < D)[:, None] & m_n[None, :] if PAD_D else m_n[None, :]
+            m_ve = (o_e < E)[None, :] & m_n[:, None] if PAD_E else m_n[:, None]
+            # [BD, BN]
+            b_k = loaded(p_k + i_n * s_kn + o_k, m_kd, EDGE or PAD_D)
+            # [BM, BN]
+            b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * score_scale
+            if SOFTCAP:
+                b_s = capped(b_s) * cap
+            if EDGE:
+                m_s = m_n[None, :]
+                if LEFT:
+                    m_s = m_s & (i_n + o_n[None, :] >= o_m[:, None] + left)
+                if RIGHT:
+                    m_s = m_s & (i_n + o_n[None, :] <= o_m[:, None] + right)
+                if p_bias is not None:
+                    o_b = ((i_bos + o_m) * s_bm)[:, None] + ((i_bos + i_n + o_n) * s_bn)[None, :]
+                    b_b = tl.load(p_bias + i_b * s_bb + i_h * s_bh + o_b, mask=m_s & m_q[:, None], other=-INF).to(tl.float32)
+                    m_s = m_s & (b_b != -INF)
+                    b_s += b_b
+                b_s = tl.where(m_s, b_s, -INF)
+            # [BM]
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_shift = tl.where(b_new == -INF, 0.0, b_new) if EDGE else b_new
+            b_p = tl.exp2((b_s - b_shift[:, None]) * UNIT)
+            b_alpha = tl.exp2((b_max - b_shift) * UNIT)
+            b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+            b_max = b_new
+            # [BN, BE]
+            b_v = loaded(p_v + i_n * s_vn + o_v, m_ve, EDGE or PAD_E)
+            if EDGE:
+                b_v, b_nan = isolated(b_v, m_s, b_nan)
+            b_o = b_o * b_alpha[:, None]
+            b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+
+    # a row that saw no key has b_sum = 0 and b_o = 0
+    b_total = tl.where(b_sum == 0, 1.0, b_sum)
+    b_o = b_o / b_total[:, None] + b_nan[:, None]
+    b_lse = b_max * (LN2 * UNIT) + tl.log2(b_total) * LN2
+    m_oe = m_q[:, None] & (o_e < E)[None, :] if PAD_E else m_q[:, None]
+    o_row = i_row + o_m
+    tl.store(p_o + (o_row * E)[:, None] + o_e[None, :], b_o.to(p_o.dtype.element_ty), mask=m_oe)
+    tl.store(p_lse + o_row, b_lse, mask=m_q)
+
+
+class Tiles(NamedTuple):
+    """The shape of a launch: queries and keys a tile, warps a program, stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(dtype: torch.dtype, width: int, value_width: int, input_precision: str) -> Tiles:
+    """The tile for inputs of ``dtype`` with D = ``width`` and E = ``value_width``."""
+    return Tiles(64, 64, 4, 2)
+
+
+SOFTMAX = Contract(
+    family="softmax",
+    options=("causal", "window", "softcap", "bias", "sinks", "cu_seqlens", "return_lse"),
+    supports=Supports(max_head_dim=256),
+)
+
+
+@promises(SOFTMAX)
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_lse: bool = False,
+    causal_alignment: str = "bottom-right",
+    input_precision: str = "ieee",
+    block_m: int | None = None,
+    block_n: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of q (B,H,M,D) over k (B,G,N,D), v (B,G,N,E), in one pass over the keys.
+
+    Args:
+        q, k, v: float32, float16 or bfloat16, all three alike; any strides; D and E from 1 to 256; H a multiple of G.
+        scale: factor of q·k.
+        causal: query i sees key j when j ≤ i + N − M ("bottom-right") or j ≤ i ("top-left", ``causal_alignment``).
+        window: (left, right): query i, at p = i + N − M, sees p − left ≤ j ≤ p + right; None lifts a limit.
+        softcap: c > 0 turns scores s into c·tanh(s / c).
+        bias: added to scores after the cap; broadcasts to (B,H,M,N); −inf masks; q's dtype or float32.
+        sinks: (H,) one more logit in each row's normaliser, without a value.
+        cu_seqlens: (P+1,) int32, for B = 1 and M = N: P sequences packed one after the other; a bias keeps the
+            packed positions.
+        return_lse: also return the log of the normaliser.
+        causal_alignment: see ``causal``.
+        input_precision: "ieee", or "tf32" for float32 operands rounded to tf32.
+        block_m, block_n: sides of the tile in place of those of :func:`tiles_for`.
+
+    Returns:
+        o (B,H,M,E) of q's dtype, or (o, lse) with lse (B,H,M) float32. A row without keys: o = 0, lse = −inf.
+
+    Raises:
+        ContractError: for arguments that the contract does not allow.
+        NotImplementedError: for float64 and for D or E above 256.
+    """
+    check_attention_tensors(q, k, v, "attention")
+    queries = q.shape[2]
+    longest = queries
+    if cu_seqlens is not None:
+        longest = check_cu_seqlens(cu_seqlens, q, k, "attention")
+    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision)
+    tiles = tiles._replace(block_m=block_m or tiles.block_m, block_n=block_n or tiles.block_n)
+    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    launch(
+        q, k, v, bias, sinks, cu_seqlens, o, lse, scale=scale, causal=causal, window=window, softcap=softcap,
+        causal_alignment=causal_alignment, input_precision=input_precision, tiles=tiles, longest=longest,
+    )  # fmt: skip
+    return (o, lse) if return_lse else o
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    causal_alignment: str,
+    input_precision: str,
+    tiles: Tiles,
+    longest: int,
+    splits: int = 1,
+    split_tiles: int | None = None,
+) -> None:
+    """Check the options and fill o (…,B,H,M,E) and lse (…,B,H,M), with one leading entry a split where there are splits."""
+    batch, heads, queries, width = q.shape
+    keys, value_width = v.shape[2:]
+    kernel = "attention"
+    check_positive("softcap", softcap, kernel)
+    check_choice("causal_alignment", causal_alignment, ("bottom-right", "top-left"), kernel)
+    check_choice("input_precision", input_precision, ("ieee", "tf32"), kernel)
+    check_block("block_m", tiles.block_m, kernel)
+    check_block("block_n", tiles.block_n, kernel)
+    check_sinks(sinks, q, kernel)
+    bias = padded_bias(bias, q, keys, kernel)
+    band = key_band(queries, keys, causal=causal, window=window, causal_alignment=causal_alignment, kernel=kernel)
+    pieces = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if o.numel() == 0 or longest == 0 or pieces == 0:
+        return
+    bits = LOG2E.value if bias is None else 1.0
+    layout = memory_layout(q, k, v)
+    strides = []
+    for x in (q, k, v, bias):
+        b, h, row, column = (0, 0, 0, 0) if x is None else x.stride()
+        # a packed row has one batch entry: its sequences must not move along the batch axis
+        b = b if cu_seqlens is None else 0
+        strides += [b, h, row // 16 if layout == ALIGNED and x is not bias else row, column]
+    attention_kernel[(pieces * heads, triton.cdiv(longest, tiles.block_m), splits)](
+        q, k, v, bias, sinks, cu_seqlens, o, lse, *strides,
+        0 if sinks is None else sinks.stride(0), batch * heads * queries,
+        heads, heads // k.shape[1], queries, keys, width, value_width,
+        band.left or 0, band.right or 0, split_tiles or max(1, triton.cdiv(keys, tiles.block_n)),
+        score_scale=scale * bits if softcap is None else scale / softcap, cap=(softcap or 1.0) * bits,
+        LEFT=band.left is not None, RIGHT=band.right is not None, SOFTCAP=softcap is not None,
+        PAD_D=width != padded_width(width), PAD_E=value_width != padded_width(value_width),
+        LAYOUT=layout, PRECISION=input_precision,
+        BM=tiles.block_m, BN=tiles.block_n, BD=padded_width(width), BE=padded_width(value_width),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["p_po", "p_plse", "p_sinks", "p_o", "p_lse", "s_sink", "ROWS", "M", "H", "E", "SPLITS"])
+def merge_kernel(
+    p_po, p_plse, p_sinks, p_o, p_lse, s_sink: tl.int64, ROWS, M, H, E, SPLITS, BM: tl.constexpr, BE: tl.constexpr
+):
+    """(o, lse) of SPLITS disjoint sets of keys into one: lse = log Σ_s exp lse_s, o = Σ_s exp(lse_s − lse) o_s."""
+    o_r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_e = tl.arange(0, BE)
+    m_r = o_r < ROWS
+    m_re = m_r[:, None] & (o_e < E)[None, :]
+    b_max = tl.full([BM], -INF, dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    b_o = tl.zeros([BM, BE], dtype=tl.float32)
+    if p_sinks is not None:
+        b_max = tl.load(p_sinks + (o_r // M) % H * s_sink, mask=m_r, other=0.0).to(tl.float32)
+        b_sum = tl.where(b_max == -INF, 0.0, 1.0)
+    for i_s in range(0, SPLITS):
+        o_s = i_s * tl.cast(ROWS, tl.int64) + o_r
+        b_lse = tl.load(p_plse + o_s, mask=m_r, other=-INF)
+        # [BM, BE]
+        b_po = tl.load(p_po + (o_s * E)[:, None] + o_e[None, :], mask=m_re, other=0.0)
+        b_new = tl.maximum(b_max, b_lse)
+        # an empty split has lse −inf and weight 0, also when every split so far is empty
+        b_shift = tl.where(b_new == -INF, 0.0, b_new)
+        b_w = tl.exp2((b_lse - b_shift) * LOG2E)
+        b_alpha = tl.exp2((b_max - b_shift) * LOG2E)
+        b_o = b_o * b_alpha[:, None] + b_po * b_w[:, None]
+        b_sum = b_sum * b_alpha + b_w
+        b_max = b_new
+    b_total = tl.where(b_sum == 0, 1.0, b_sum)
+    b_o = b_o / b_total[:, None]
+    tl.store(p_o + (o_r * E)[:, None] + o_e[None, :], b_o.to(p_o.dtype.element_ty), mask=m_re)
+    tl.store(p_lse + o_r, b_max + tl.log2(b_total) * LN2, mask=m_r)
+
+
+MERGE_ROWS = 16
+SPLIT_KEYS = 512  # keys a split: fixed, so that a row's result does not depend on the batch that it comes with
+
+
+@promises(dataclasses.replace(SOFTMAX, options=("causal", "window", "softcap", "bias", "sinks", "return_lse")))
+def attention_split(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    causal_alignment: str = "bottom-right",
+    input_precision: str = "ieee",
+    splits: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attention` for few queries and many keys: programs share the keys, a second kernel merges their results.
+
+    Each split leaves a normalised float32 output and its log-sum-exp; sinks enter once, in the merge.
+
+    Args:
+        q, k, v, scale, causal, window, softcap, bias, sinks, return_lse, causal_alignment, input_precision: as there.
+        splits: into how many parts the keys are cut. None cuts them into parts of a fixed size, 512 keys, whatever
+            the batch (Thinking Machines 2025, "Defeating nondeterminism in LLM inference"; bugs B34).
+
+    Returns:
+        o (B,H,M,E) of q's dtype, or (o, lse) with lse (B,H,M) float32.
+
+    Raises:
+        ContractError: for arguments that the contract does not allow.
+        NotImplementedError: for float64 and for D or E above 256.
+    """
+    check_attention_tensors(q, k, v, "attention_split")
+    check_splits(splits, "attention_split")
+    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision)._replace(block_m=16)
+    split_tiles = triton.cdiv(triton.cdiv(k.shape[2], tiles.block_n), splits) if splits else SPLIT_KEYS // tiles.block_n
+    split_tiles = max(1, split_tiles)
+    parts = max(1, triton.cdiv(k.shape[2], tiles.block_n * split_tiles))
+    partial_o = torch.empty((parts, *q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((parts, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    check_sinks(sinks, q, "attention_split")
+    launch(
+        q, k, v, bias, None, None, partial_o, partial_lse, scale=scale, causal=causal, window=window, softcap=softcap,
+        causal_alignment=causal_alignment, input_precision=input_precision, tiles=tiles, longest=q.shape[2],
+        splits=parts, split_tiles=split_tiles,
+    )  # fmt: skip
+    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if lse.numel():
+        merge_kernel[(triton.cdiv(lse.numel(), MERGE_ROWS),)](
+            partial_o, partial_lse, sinks, o, lse, 0 if sinks is None else sinks.stride(0),
+            lse.numel(), q.shape[2], q.shape[1], v.shape[3], parts,
+            BM=MERGE_ROWS, BE=padded_width(v.shape[3]), enable_fp_fusion=False,
+        )  # fmt: skip
+    return (o, lse) if return_lse else o

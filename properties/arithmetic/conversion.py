@@ -1,0 +1,88 @@
+"""What the arithmetics share at their borders: tensors in, object arrays of numbers between, enclosures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["FloatArray", "ObjectArray", "as_objects", "finite_float64", "keep_mask", "products", "round_up", "to_tensor"]
+
+ObjectArray: TypeAlias = npt.NDArray[np.object_]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+
+def finite_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64 on the CPU, which every floating dtype of torch converts to without error.
+
+    Raises:
+        TypeError: ``tensor`` is not a floating tensor.
+        ValueError: ``tensor`` holds a NaN or an infinity.
+    """
+    if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point:
+        found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise TypeError(f"exact(tensor): tensor is {found}; pass a floating torch tensor (float16 to float64)")
+    result = tensor.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(result).all()):
+        count = int((~torch.isfinite(result)).sum())
+        raise ValueError(
+            f"exact(tensor): {count} of {result.numel()} elements of the tensor of shape {tuple(result.shape)} are NaN "
+            "or infinite; an arithmetic takes finite numbers only: replace them, and apply masks with masked()"
+        )
+    return result
+
+
+def as_objects(numbers: Sequence[Any], shape: tuple[int, ...]) -> ObjectArray:
+    """An object array of ``shape`` that holds ``numbers`` in row-major order."""
+    result = np.empty(len(numbers), dtype=object)
+    result[:] = numbers
+    return result.reshape(shape)
+
+
+def to_tensor(array: FloatArray) -> torch.Tensor:
+    """A float64 tensor with a copy of ``array``."""
+    return torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+
+
+def keep_mask(keep: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """The mask of ``masked`` as a NumPy array.
+
+    Raises:
+        TypeError: ``keep`` is not a bool tensor.
+    """
+    if keep.dtype != torch.bool:
+        raise TypeError(f"masked(a, keep): keep is {keep.dtype}; pass a bool tensor that is True where a is kept")
+    mask: npt.NDArray[np.bool_] = keep.detach().cpu().numpy()
+    return mask
+
+
+def round_up(nearest: FloatArray, is_zero: FloatArray | npt.NDArray[np.bool_]) -> FloatArray:
+    """Upper bounds of non-negative numbers, from their conversions to float64 with an error of less than one ulp.
+
+    Args:
+        nearest: the converted numbers; a NaN counts as unbounded.
+        is_zero: True where the number itself, not only its conversion, is 0: the bound is 0 there.
+    """
+    with np.errstate(over="ignore"):
+        bound = np.where(is_zero, 0.0, np.nextafter(nearest, np.inf))
+    return np.where(np.isnan(bound), np.inf, bound)
+
+
+def products(a: ObjectArray, b: ObjectArray, multiply: Callable[[ObjectArray, ObjectArray], ObjectArray]) -> ObjectArray:
+    """The batched matrix product (…, M, K) × (…, K, N) → (…, M, N) from the product of two matrices.
+
+    Raises:
+        ValueError: the shapes do not fit, or an argument has fewer than two axes.
+    """
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"matmul(a, b): shapes {a.shape} and {b.shape} do not fit; ask (…, M, K) and (…, K, N)")
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left = np.broadcast_to(a, batch + a.shape[-2:])
+    right = np.broadcast_to(b, batch + b.shape[-2:])
+    result = np.empty((*batch, a.shape[-2], b.shape[-1]), dtype=object)
+    for index in np.ndindex(*batch):
+        result[index] = multiply(left[index], right[index])
+    return result

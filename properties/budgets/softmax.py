@@ -1,0 +1,392 @@
+"""Budgets of softmax attention, term by term.
+
+The kernel's weights are e^{s_j + e_j} with logit errors bounded by E_j (:func:`logit_errors`): rounding of scaled
+operands, D-term dot products, scaling, soft cap, bias, storage of scores, the argument and value of the exponential,
+and one more exponential for each time an online algorithm rescales what it has (at most once a key). These are common
+to numerator and normaliser, so only the spread of V about o counts (``rows.mean_shift``). What is not common is
+relative to Σ p|v|: storage of P, the two sums, the division, a division-free form's log-sum-exp. One rounding of the
+output is last. Every algorithm whose roundings are among the declared ones is covered: online, two-pass, split over
+keys and merged, divided before or after the second matmul, in any tiling and any order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnproof.properties.arithmetic.base import Enclosure
+from attnproof.properties.budgets.base import Budget, broadcast_mask, dtype_name
+from attnproof.properties.budgets.rounding import LARGEST, Roundings, growth
+from attnproof.properties.budgets.rows import Row, mean_shift, normaliser_shift, second_moment
+from attnproof.properties.contract import Contract
+
+if TYPE_CHECKING:
+    from attnproof.properties.families.softmax import SoftmaxProblem
+
+__all__ = ["attention_budgets"]
+
+# Slack for the float64 evaluation of the budget itself; its own relative error is below 1e-9 for N ≤ 65,536.
+_SLACK = 1.0 + 1e-6
+# Random signs with which the response to rounded operands is sampled: the estimated standard deviation is itself
+# accurate to 1/√(2·probes), 18 %.
+_PROBES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Logits:
+    """Scores of a problem in float64, and the magnitudes that their errors are relative to; all (B, H, M, N).
+
+    Attributes:
+        q, k: (B, H, M, D), (B, H, N, D).
+        product: Σ q k; absolute: Σ|q||k|; square: Σ q²k².
+        scaled, capped, biased: the score after each step.
+        bias: magnitude of the bias.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    product: torch.Tensor
+    absolute: torch.Tensor
+    square: torch.Tensor
+    scaled: torch.Tensor
+    capped: torch.Tensor
+    biased: torch.Tensor
+    bias: torch.Tensor
+
+
+def _logits(problem: SoftmaxProblem) -> _Logits:
+    q, k = problem.q.double(), problem.keys().double()
+    kt = k.transpose(-1, -2)
+    product = q @ kt
+    scaled = product * problem.scale
+    capped = scaled
+    if problem.softcap is not None:
+        capped = problem.softcap * torch.tanh(scaled / problem.softcap)
+    bias = torch.zeros(()) if problem.bias is None else problem.bias.double()
+    return _Logits(
+        q=q,
+        k=k,
+        product=product,
+        absolute=q.abs() @ kt.abs(),
+        square=q.square() @ kt.square(),
+        scaled=scaled,
+        capped=capped,
+        biased=capped + bias,
+        bias=bias.abs(),
+    )
+
+
+def attention_budgets(
+    problem: SoftmaxProblem, reference: Mapping[str, Enclosure], contract: Contract
+) -> dict[str, Budget]:
+    """Certain and probable budgets of o and lse for a kernel under ``contract``; shapes as the outputs."""
+    dtype = dtype_name(problem.q.dtype)
+    r = Roundings.of(contract, dtype)
+    logits = _logits(problem)
+    x = logits.biased.masked_fill(~problem.seen, -torch.inf)
+    v = problem.values().double()
+    certain_e = _certain_logit_errors(problem, logits, r)
+    variance_e = _logit_variances(problem, logits, r)
+    if problem.sinks is not None and problem.sink_present is not None:
+        x, v, certain_e, variance_e = _with_sink(problem, x, v, certain_e, variance_e, r)
+    elif not x.shape[-1]:
+        x, v = x.new_full((*x.shape[:-1], 1), -torch.inf), v.new_zeros((*v.shape[:-2], 1, v.shape[-1]))
+        certain_e = variance_e = torch.zeros_like(x)
+    row = Row.of(x)
+    rescales = (row.count + 2.0) * r.exp
+    argument = 2.0 * r.elementwise * (2.0 * row.distance + row.largest.abs())
+    certain_e = torch.where(row.p > 0, certain_e + argument + rescales, 0.0)
+    exact = _exact_rows(problem, row, v)
+    certain_e = torch.where(exact, 0.0, certain_e)
+    variance_e = variance_e + ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2) / 3.0
+    budgets = {"o": _output_budget(problem, reference["o"], contract, r, row, v, certain_e, variance_e, logits, exact)}
+    if "lse" in reference:
+        wide = "float64" if dtype == "float64" else str(contract.precision.resolved(dtype).lse)
+        r_lse = Roundings.of(contract, dtype, output_dtype=wide)
+        budgets["lse"] = _lse_budget(problem, reference["lse"], contract, r_lse, row, certain_e, variance_e, logits)
+    return budgets
+
+
+def _certain_logit_errors(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> torch.Tensor:
+    """E_j before the exponential, (B, H, M, N)."""
+    d, scale = t.q.shape[-1], abs(problem.scale)
+    operands = (1.0 + max(r.operand, r.input)) ** 2 - 1.0
+    dot = operands + growth(d + 2.0, r.accumulate) * (1.0 + operands)
+    # A scaled operand may be subnormal in its own format: an absolute error against the other operand.
+    tiny = r.operand_tiny * max(1.0, math.sqrt(scale))
+    sizes = t.q.abs().sum(-1, keepdim=True) + t.k.abs().sum(-1).unsqueeze(-2)
+    error = scale * dot * t.absolute + tiny * sizes + r.accumulate_tiny * (d + 2.0) * (1.0 + scale)
+    # The scale, log2 e and their product are rounded constants; scaling is one more rounding.
+    error = error + 4.0 * r.elementwise * t.scaled.abs() + 2.0 * r.scores * t.scaled.abs()
+    if problem.softcap is not None:
+        # tanh through an exponential: 1-Lipschitz in its argument, an absolute error of a few u of its own.
+        tanh = problem.softcap * (r.exp + 8.0 * r.elementwise)
+        error = error + tanh + (2.0 * r.elementwise + r.scores) * t.capped.abs()
+    if problem.bias is not None:
+        error = error + 3.0 * r.elementwise * (t.bias + t.biased.abs())
+    return error + 2.0 * r.scores * t.biased.abs() + 4.0 * r.scores_tiny
+
+
+def _logit_variances(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> torch.Tensor:
+    """Variance of errors that differ from key to key independently, (B, H, M, N)."""
+    d, scale = t.q.shape[-1], problem.scale
+    if r.truncated:
+        sums = (2.0**-23 * d / 2.0 * t.absolute) ** 2
+    else:
+        sums = r.accumulate**2 * _summation_variance(d, t.square, t.product)
+    operands = max(r.operand, r.input) ** 2 / 3.0 * t.square
+    variance = scale**2 * (sums + operands)
+    stored = 2.0 * t.scaled.square() + 2.0 * t.biased.square()
+    if problem.softcap is not None:
+        stored = stored + t.capped.square()
+        variance = variance + (2.0 * problem.softcap * r.elementwise) ** 2 / 3.0
+    return variance + (r.scores**2 * stored + r.elementwise**2 * t.biased.square()) / 3.0
+
+
+def _summation_variance(n: torch.Tensor | float, square: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Variance, over u², of the rounding of a recursive sum of n terms with Σt² and Σt.
+
+    Each of the n partial sums T_k is rounded once (variance T_k²/3); in random order E Σ T_k² ≈ n (Σt²/2 + (Σt)²/3).
+    """
+    return n * (square / 2.0 + total.square() / 3.0) / 3.0
+
+
+def _with_sink(
+    problem: SoftmaxProblem,
+    x: torch.Tensor,
+    v: torch.Tensor,
+    certain_e: torch.Tensor,
+    variance_e: torch.Tensor,
+    r: Roundings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sink as one more key, last, with value 0; absent sinks are unseen."""
+    assert problem.sinks is not None and problem.sink_present is not None
+    sink = problem.sinks.double().reshape(1, -1, 1, 1).expand(*x.shape[:-1], 1)
+    present = problem.sink_present.reshape(1, -1, 1, 1)
+    stored = r.elementwise * 3.0 + r.scores * 2.0
+    return (
+        torch.cat([x, sink.masked_fill(~present, -torch.inf)], -1),
+        torch.cat([v, v.new_zeros((*v.shape[:-2], 1, v.shape[-1]))], -2),
+        torch.cat([certain_e, stored * sink.abs()], -1),
+        torch.cat([variance_e, (stored * sink).square() / 3.0], -1),
+    )
+
+
+def _exact_rows(problem: SoftmaxProblem, row: Row, v: torch.Tensor) -> torch.Tensor:
+    """Rows in which every logit is exactly 0 or so low that its weight vanishes in float32, (B, H, M, 1).
+
+    There the exponentials are exactly 1 or 0 in any algorithm that subtracts the maximum; with V on a coarse grid the
+    sums are exact as well, and only P's storage, the division and the output round.
+    """
+    zero_products = (problem.q.double().abs() @ problem.keys().double().abs().transpose(-1, -2)) == 0
+    if row.x.shape[-1] > zero_products.shape[-1]:
+        return torch.zeros_like(row.count, dtype=torch.bool)
+    zero = (row.x == 0) & (zero_products if zero_products.shape[-1] else True)
+    vanishing = row.x <= -150.0
+    grid = bool((v == v.round()).all()) and float(v.abs().sum(-2).max() if v.numel() else 0.0) < 2.0**24
+    return (zero | vanishing).all(-1, keepdim=True) & (row.largest == 0) & (row.count > 0) & grid
+
+
+def _output_budget(
+    problem: SoftmaxProblem,
+    reference: Enclosure,
+    contract: Contract,
+    r: Roundings,
+    row: Row,
+    v: torch.Tensor,
+    certain_e: torch.Tensor,
+    variance_e: torch.Tensor,
+    logits: _Logits,
+    exact: torch.Tensor,
+) -> Budget:
+    o = reference.value.nan_to_num(0.0)
+    gauge = row.p @ v.abs()
+    common = mean_shift(row, certain_e, v, o)
+    n = row.count
+    sums = torch.where(exact, 0.0, 2.0 * growth(2.0 * n + 8.0, r.accumulate))
+    weights = torch.where(exact & (n_top(row) == 1), 0.0, max(r.probabilities, r.operand))
+    division_free = torch.where(exact, 8.0 * r.elementwise * (2.0 + row.lse.abs()), 2.0 * r.lse * (row.lse.abs() + 1.0))
+    relative = sums + weights + r.input + 6.0 * r.elementwise + division_free
+    # Perturbed weights can raise Σ p|v|, at most to the largest |v|.
+    inflated = gauge * torch.exp(2.0 * certain_e.amax(-1, keepdim=True).clamp(max=700.0))
+    inflated = torch.minimum(inflated, v.abs().amax(-2, keepdim=True))
+    seen_sum = problem.seen.double() @ v[..., : problem.seen.shape[-1], :].abs()
+    tiny = torch.where(exact, 0.0, r.probabilities_tiny * seen_sum + r.accumulate_tiny * (2.0 * n + 8.0))
+    before = common + relative * inflated + tiny
+    certain = (before * (1.0 + r.output) + r.output * o.abs() + r.output_tiny) * _SLACK
+    probable = _probable_output(problem, r, row, v, o, variance_e, logits)
+    return _limits(problem, "o", o, certain, probable, contract, r, row, logits, gauge)
+
+
+def n_top(row: Row) -> torch.Tensor:
+    """How many keys share the largest logit, (…, 1)."""
+    return (row.x == row.largest).sum(-1, keepdim=True)
+
+
+def _probable_output(
+    problem: SoftmaxProblem,
+    r: Roundings,
+    row: Row,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    variance_e: torch.Tensor,
+    logits: _Logits,
+) -> torch.Tensor:
+    """Standard deviation of a healthy kernel's error, (B, H, M, E): independent contributions in quadrature."""
+    p, n = row.p, row.count
+    squares = p.square() @ v.square()
+    variance = second_moment(p.square() * variance_e, v, o)
+    # Rounded constants (scale, log2 e) stretch all logits of a row alike.
+    stretch = (p * torch.where(p > 0, row.x, 0.0)) @ v - o * (p * torch.where(p > 0, row.x, 0.0)).sum(-1, keepdim=True)
+    variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
+    if max(r.operand, r.input) > 2.0**-20:
+        variance = variance + max(r.operand, r.input) ** 2 / 3.0 * _operand_response(problem, row, v, o, logits)
+    stored = max(r.probabilities, r.operand) ** 2
+    variance = variance + stored / 3.0 * (squares + _coincidence(row, max(r.probabilities, r.operand)) * o.square())
+    variance = variance + (r.input**2 * squares + r.probabilities_tiny**2 * v.square().sum(-2, keepdim=True)) / 3.0
+    if r.truncated:
+        variance = variance + (2.0**-23 * n / 2.0 * (p @ v.abs())).square()
+    else:
+        variance = variance + r.accumulate**2 * (_summation_variance(n, squares, o) + n * o.square() / 9.0)
+    variance = variance + (3.0 * r.elementwise * o).square() / 3.0
+    return (variance + (r.output**2 * o.square() + r.output_tiny**2 + r.accumulate_tiny**2) / 3.0).sqrt()
+
+
+def _operand_response(
+    problem: SoftmaxProblem, row: Row, v: torch.Tensor, o: torch.Tensor, logits: _Logits
+) -> torch.Tensor:
+    """Σ_d (scale q_d Cov_p(k_d, v))², (B, H, M, E): the response of o to rounded queries, one error for all keys.
+
+    Sampled with random signs r_d: E (Σ_d r_d c_d)² = Σ_d c_d².
+    """
+    generator = torch.Generator().manual_seed(0)
+    extra = row.p.shape[-1] - logits.product.shape[-1]
+    total = torch.zeros_like(o)
+    for _ in range(_PROBES):
+        signs = torch.randint(0, 2, (logits.q.shape[-1],), generator=generator).double() * 2.0 - 1.0
+        t = problem.scale * ((logits.q * signs) @ logits.k.transpose(-1, -2))
+        weighted = row.p * torch.nn.functional.pad(t, (0, extra)) if extra else row.p * t
+        total += (weighted @ v - weighted.sum(-1, keepdim=True) * o).square()
+    return total / _PROBES
+
+
+def _coincidence(row: Row, unit: float) -> torch.Tensor:
+    """Σ p_j (mass of other keys whose weight agrees with p_j to u/4), (…, 1).
+
+    Weights that agree so closely are rounded by the same amount, so that their errors add up instead of averaging
+    out; with all weights equal this is 1 − 1/n. Irrelevant, and left out, where P is stored in full.
+    """
+    if unit < 2.0**-20:
+        return torch.zeros_like(row.count)
+    ordered, order = row.log_p.sort(-1)
+    ordered = ordered.clamp(min=-1e30).contiguous()
+    p = row.p.gather(-1, order)
+    mass = torch.nn.functional.pad(p.cumsum(-1), (1, 0))
+    high = torch.searchsorted(ordered, ordered + unit / 4.0, right=True)
+    low = torch.searchsorted(ordered, ordered - unit / 4.0, right=False)
+    near = mass.gather(-1, high) - mass.gather(-1, low)
+    return (p * (near - p)).sum(-1, keepdim=True).clamp(min=0.0)
+
+
+def _lse_budget(
+    problem: SoftmaxProblem,
+    reference: Enclosure,
+    contract: Contract,
+    r: Roundings,
+    row: Row,
+    certain_e: torch.Tensor,
+    variance_e: torch.Tensor,
+    logits: _Logits,
+) -> Budget:
+    lse = reference.value.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    n = row.count.squeeze(-1)
+    m, size = row.largest.squeeze(-1).abs(), lse.abs()
+    logarithm = (row.lse - row.largest).squeeze(-1)
+    _, shift = normaliser_shift(row, certain_e)
+    steps = 8.0 * r.elementwise * (1.0 + logarithm) + 4.0 * r.elementwise * (m + size)
+    error = shift.squeeze(-1) + growth(2.0 * n + 8.0, r.accumulate) + steps
+    certain = (error * (1.0 + r.output) + r.output * size + r.output_tiny) * _SLACK
+    p2 = row.p.square()
+    variance = (p2 * variance_e).sum(-1) + (n / 9.0) * r.accumulate**2
+    if max(r.operand, r.input) > 2.0**-20 and logits.k.shape[-2]:
+        p = row.p[..., : logits.k.shape[-2]]
+        response = (problem.scale * (p @ logits.k) * logits.q).square().sum(-1)
+        variance = variance + max(r.operand, r.input) ** 2 / 3.0 * response
+    stretch = (row.p * torch.where(row.p > 0, row.x, 0.0)).sum(-1)
+    variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
+    variance = variance + (r.elementwise * (1.0 + logarithm)).square() * 4.0 / 3.0
+    variance = variance + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
+    return _limits(problem, "lse", lse, certain, variance.sqrt(), contract, r, row, logits, torch.zeros_like(lse))
+
+
+def _limits(
+    problem: SoftmaxProblem,
+    output: str,
+    exact: torch.Tensor,
+    certain: torch.Tensor,
+    probable: torch.Tensor,
+    contract: Contract,
+    r: Roundings,
+    row: Row,
+    logits: _Logits,
+    gauge: torch.Tensor,
+) -> Budget:
+    """What contract.md's edges leave open, ask literally, or let overflow."""
+    shape = problem.shape(output)
+    poisoned = broadcast_mask(problem.undetermined(), shape)
+    threatened = broadcast_mask(_may_overflow(problem, r, row, logits, gauge), shape) & ~poisoned
+    keyless = broadcast_mask(problem.keyless(), shape) & ~poisoned & ~threatened
+    asked = contract.empty_row if output == "o" else contract.empty_lse
+    open_rows = keyless if asked == "undefined" else torch.zeros_like(keyless)
+    if output == "lse" and problem.sink_present is not None:
+        # The contract gives −inf for a row without keys; the formula gives the sink. Neither is held against a kernel.
+        open_rows = keyless & problem.sink_present.reshape(1, -1, 1)
+    literal = {}
+    if asked != "undefined":
+        value = {"zero": 0.0, "nan": math.nan, "-inf": -math.inf, "+inf": math.inf}[asked]
+        literal = {value: keyless & ~open_rows}
+    stored = problem.q.dtype if output == "o" else None
+    largest = LARGEST[dtype_name(stored)] if stored is not None else r.largest
+    overflow = exact.abs() - certain > largest
+    either = (exact.abs() + certain > largest) & ~overflow
+    reasons = {
+        "the row sees a non-finite input": int(poisoned.sum()),
+        "an intermediate may overflow": int(threatened.sum()),
+        "the contract leaves rows without keys open": int(open_rows.sum()),
+    }
+    return Budget(
+        certain=certain,
+        probable=probable,
+        open=poisoned | threatened | open_rows,
+        overflow=overflow,
+        either=either,
+        literal=literal,
+        reasons={reason: count for reason, count in reasons.items() if count},
+    )
+
+
+def _may_overflow(
+    problem: SoftmaxProblem, r: Roundings, row: Row, logits: _Logits, gauge: torch.Tensor
+) -> torch.Tensor:
+    """Rows (B, H, M) in which some algorithm's intermediate may pass half the largest number.
+
+    q·k before scaling (in any order: Σ|q||k|), scores times log2 e, Σ P|v| with P relative to the row's maximum.
+    """
+    if not logits.product.shape[-1]:
+        return torch.zeros(problem.row_shape, dtype=torch.bool)
+    log2e = 1.0 / math.log(2.0)
+    scores = torch.maximum(logits.scaled.abs(), logits.biased.abs()) * log2e
+    if problem.bias is not None:
+        scores = torch.maximum(scores, logits.bias * log2e)
+    products = torch.maximum(logits.absolute, logits.absolute * abs(problem.scale) * log2e)
+    high = products >= r.largest / 2.0
+    high |= torch.maximum(scores, logits.scaled.abs()) >= r.scores_largest / 2.0
+    rows = (high & problem.seen).any(-1)
+    if gauge.dim() == 4:
+        mass = torch.exp((row.lse - row.largest).clamp(max=700.0))
+        rows |= ((gauge * mass) >= r.largest / 2.0).any(-1)
+    return rows

@@ -1,0 +1,341 @@
+"""A case: one call of a kernel, in a line of text from which its inputs come again, bit for bit, anywhere.
+
+    softmax:float16:one-hot:B1,H2,G1,M16,N33,D64,E64:causal,window=3..:transposed:7
+
+names family, dtype, regime, shape, options ("-" for none), view and seed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnproof.properties.contract import DTYPES
+from attnproof.properties.regimes.draw import Draw
+from attnproof.properties.views import VIEWS, lay_out
+
+__all__ = ["OPTIONS", "SYMBOLS", "TENSORS", "Case", "CaseError", "Inputs", "make_inputs"]
+
+SYMBOLS: dict[str, tuple[str, ...]] = {
+    "logsumexp": ("R", "N"),
+    "softmax_rows": ("R", "N"),
+    "softmax": ("B", "H", "G", "M", "N", "D", "E"),
+}
+"""By family, the symbols of a case's shape, in the order of its text."""
+
+TENSORS: dict[str, tuple[str, ...]] = {
+    "logsumexp": ("x",),
+    "softmax_rows": ("x",),
+    "softmax": ("q", "k", "v"),
+}
+"""By family, the positional tensors of the canonical call, in order."""
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "logsumexp": (),
+    "softmax_rows": (),
+    "softmax": (
+        "causal",
+        "causal_alignment",
+        "window",
+        "softcap",
+        "bias",
+        "sinks",
+        "cu_seqlens",
+        "return_lse",
+    ),
+}
+"""By family, the options that a case may have, in the order of its text."""
+
+_FLAGS = ("causal", "sinks", "return_lse")
+_BIAS = re.compile("[b1][h1][m1][n1]")
+
+
+class CaseError(ValueError):
+    """A case that the contract has no call for, or a text that describes no case."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Case:
+    """One call of a kernel. Mappings are accepted for ``shape`` and ``options`` and become tuples in canonical order.
+
+    Attributes:
+        family: a family that :data:`SYMBOLS` has.
+        dtype: name of the inputs' dtype.
+        shape: (symbol, size) for each symbol of the family; H is a multiple of G.
+        regime: name of a regime of inputs.
+        options: (keyword, value) for each keyword passed: ``causal`` True, ``causal_alignment`` "top-left" (not a
+            keyword, but decides which keys are seen), ``window`` (left, right) with None for no limit, ``softcap`` > 0,
+            ``bias`` the pattern by which it broadcasts such as "bhmn" or "b11n", ``sinks`` True, ``cu_seqlens`` the
+            lengths of packed sequences, ``return_lse`` True. Options that are False or None are left out.
+        view: a memory layout of :data:`attnproof.properties.views.VIEWS`.
+        seed: ≥ 0.
+
+    Raises:
+        CaseError: where a field is none of that.
+    """
+
+    family: str
+    dtype: str
+    shape: tuple[tuple[str, int], ...]
+    regime: str = "normal"
+    options: tuple[tuple[str, Any], ...] = ()
+    view: str = "contiguous"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("family", self.family, SYMBOLS),
+            ("dtype", self.dtype, DTYPES),
+            ("view", self.view, VIEWS),
+        ):
+            if value not in known:
+                raise CaseError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.regime):
+            raise CaseError(f"regime={self.regime!r}: expected lower-case words joined by hyphens")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise CaseError(f"seed={self.seed!r}: expected an integer ≥ 0")
+        object.__setattr__(self, "shape", _canonical_shape(self.family, self.shape))
+        object.__setattr__(self, "options", _canonical_options(self.family, self.options, dict(self.shape)))
+
+    def __getitem__(self, symbol: str) -> int:
+        """The size of ``symbol``."""
+        return dict(self.shape)[symbol]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Symbol to size."""
+        return dict(self.shape)
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """The plain value of an option, or ``default``."""
+        return dict(self.options).get(name, default)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the inputs."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def id(self) -> str:
+        """The case as one line of text without spaces; :meth:`parse` is its inverse."""
+        shape = ",".join(f"{symbol}{size}" for symbol, size in self.shape)
+        options = ",".join(_option_text(name, value) for name, value in self.options) or "-"
+        return ":".join((self.family, self.dtype, self.regime, shape, options, self.view, str(self.seed)))
+
+    def __str__(self) -> str:
+        return self.id
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case that ``text`` (an :attr:`id`) describes.
+
+        Raises:
+            CaseError: naming the part of the text that is wrong and what belongs there.
+        """
+        parts = text.strip().split(":")
+        if len(parts) != 7:
+            raise CaseError(
+                f"case {text!r}: expected FAMILY:DTYPE:REGIME:SHAPE:OPTIONS:VIEW:SEED, found {len(parts)} parts"
+            )
+        family, dtype, regime, shape_text, options_text, view, seed = parts
+        shape = []
+        for item in filter(None, shape_text.split(",")):
+            found = re.fullmatch(r"([A-Z])([0-9]+)", item)
+            if not found:
+                raise CaseError(f"case {text!r}: shape item {item!r}: expected a letter and a size, such as N64")
+            shape.append((found[1], int(found[2])))
+        if not seed.isdecimal():
+            raise CaseError(f"case {text!r}: seed {seed!r}: expected an integer ≥ 0")
+        options = [] if options_text == "-" else [_parse_option(item) for item in options_text.split(",")]
+        return cls(family, dtype, tuple(shape), regime, tuple(options), view, int(seed))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The arguments of one canonical call.
+
+    Attributes:
+        tensors: positional tensors by name, in call order, in the layout (B, H, M, D).
+        options: keywords of the call: ``scale`` where the family has one, and those that the case has.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    options: dict[str, Any]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """The inputs of ``case``: the same values on every platform, in fresh memory laid out as ``case.view`` says.
+
+    Values are made in float64, rounded to float32 and then to the dtype, and depend only on regime, shape and seed
+    (on options where the regime needs them; in view "broadcast" all heads of k and v are one).
+
+    Raises:
+        CaseError: for a regime that does not exist, or has no inputs for this family, dtype or options.
+    """
+    # Regimes are imported here because the planner beside them is written in terms of cases.
+    from attnproof.properties.regimes import REGIMES  # noqa: PLC0415
+
+    regime = REGIMES.get(case.regime)
+    if regime is None:
+        raise CaseError(f"regime={case.regime!r}: no such regime; there are {', '.join(REGIMES)}")
+    objection = regime.declines(case.family, case.dtype, [name for name, _ in case.options])
+    if objection:
+        raise CaseError(f"case {case.id}: regime {regime.name!r}: {objection}")
+    draw = Draw(
+        family=case.family,
+        dtype=case.dtype,
+        regime=case.regime,
+        sizes=case.sizes,
+        options=dict(case.options),
+        seed=case.seed,
+        shared=case.view == "broadcast",
+    )
+    values = regime.build(draw)
+    shapes = _tensor_shapes(draw)
+    tensors = {}
+    for name in TENSORS[case.family]:
+        full = np.broadcast_to(values.pop(name), shapes[name])
+        tensors[name] = lay_out(_stored(full, case.torch_dtype), case.view, name)
+    return Inputs(tensors, _keywords(case, draw, values))
+
+
+def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of the call; what the regime left open is drawn here."""
+    keywords: dict[str, Any] = {}
+    if "D" in case.sizes:
+        keywords["scale"] = float(values.get("scale", draw.scale))
+    for name, value in case.options:
+        if name == "bias":
+            shape = bias_shape(draw)
+            bias = values["bias"] if "bias" in values else draw.normal("bias", *shape)
+            keywords[name] = lay_out(_stored(np.broadcast_to(bias, shape), case.torch_dtype), case.view, name)
+        elif name == "sinks":
+            sinks = values["sinks"] if "sinks" in values else draw.normal("sinks", draw["H"])
+            keywords[name] = lay_out(_stored(sinks, case.torch_dtype), case.view, name)
+        elif name == "cu_seqlens":
+            keywords[name] = torch.tensor([0, *np.cumsum(value)], dtype=torch.int32)
+        elif name != "causal_alignment":
+            keywords[name] = value
+    return keywords
+
+
+def bias_shape(draw: Draw) -> tuple[int, int, int, int]:
+    """The shape of the bias that the draw's options ask for: (B, H, M, N) with 1 where its pattern has 1."""
+    pattern = draw.options["bias"]
+    sizes = [1 if letter == "1" else draw[letter.upper()] for letter in pattern]
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+def _tensor_shapes(draw: Draw) -> dict[str, tuple[int, ...]]:
+    if draw.family != "softmax":
+        return {"x": (draw["R"], draw["N"])}
+    batch, groups, keys = draw["B"], draw["G"], draw["N"]
+    return {
+        "q": (*draw.queries, draw["D"]),
+        "k": (batch, groups, keys, draw["D"]),
+        "v": (batch, groups, keys, draw["E"]),
+    }
+
+
+def _stored(values: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
+    wide = torch.from_numpy(np.array(values, dtype=np.float64))
+    return wide if dtype == torch.float64 else wide.to(torch.float32).to(dtype)
+
+
+def _canonical_shape(family: str, shape: Mapping[str, int] | Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    pairs = list(shape.items() if isinstance(shape, Mapping) else shape)
+    sizes = dict(pairs)
+    symbols = SYMBOLS[family]
+    if set(sizes) != set(symbols) or len(pairs) != len(symbols):
+        raise CaseError(f"shape {sizes}: family {family!r} has the sizes {', '.join(symbols)}, each once")
+    for symbol, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise CaseError(f"shape {symbol}={size!r}: expected an integer ≥ 0")
+    if "G" in sizes:
+        low = [symbol for symbol in ("H", "G", "D", "E") if sizes[symbol] == 0]
+        if low or sizes["H"] % sizes["G"]:
+            raise CaseError(f"shape {sizes}: H, G, D and E are positive and H is a multiple of G; M, N, B may be 0")
+    return tuple((symbol, sizes[symbol]) for symbol in symbols)
+
+
+def _canonical_options(
+    family: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]], sizes: Mapping[str, int]
+) -> tuple[tuple[str, Any], ...]:
+    pairs = list(options.items() if isinstance(options, Mapping) else options)
+    given = {name: value for name, value in pairs if value is not None and value is not False}
+    known = OPTIONS[family]
+    for name, value in given.items():
+        if name not in known:
+            raise CaseError(f"option {name!r}: family {family!r} has {', '.join(known) or 'no options'}")
+        given[name] = _checked_option(name, value, sizes)
+    if given.get("causal_alignment") == "bottom-right":
+        del given["causal_alignment"]
+    return tuple((name, given[name]) for name in known if name in given)
+
+
+def _checked_option(name: str, value: Any, sizes: Mapping[str, int]) -> Any:
+    """``value`` in canonical form (tuples for lists, float for int)."""
+    expected = ""
+    if isinstance(value, list):
+        value = tuple(value)
+    if name in _FLAGS:
+        expected = "" if value is True else "True"
+    elif name == "causal_alignment":
+        expected = "" if value in ("top-left", "bottom-right") else "'top-left' or 'bottom-right'"
+    elif name == "softcap":
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        value, expected = (float(value), "") if good else (value, "a positive finite number")
+    elif name == "bias":
+        good = isinstance(value, str) and _BIAS.fullmatch(value) is not None
+        expected = "" if good else "how it broadcasts to (B, H, M, N), such as 'bhmn', '11mn', 'b11n'"
+    elif name == "window":
+        good = isinstance(value, tuple) and len(value) == 2 and all(x is None or _is_size(x) for x in value)
+        expected = "" if good else "(left, right), each an integer ≥ 0 or None"
+    elif name == "cu_seqlens":
+        good = isinstance(value, tuple) and value != () and all(_is_size(x) for x in value)
+        fits = good and sizes["B"] == 1 and sizes["M"] == sizes["N"] == sum(value)
+        expected = "" if fits else f"lengths that add up to M = N, with B = 1 (the shape is {dict(sizes)})"
+    if expected:
+        raise CaseError(f"option {name}={value!r}: expected {expected}")
+    return value
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _option_text(name: str, value: Any) -> str:
+    if name in _FLAGS:
+        return name
+    if name == "window":
+        left, right = ("" if side is None else str(side) for side in value)
+        return f"{name}={left}..{right}"
+    if name == "cu_seqlens":
+        return f"{name}={'+'.join(map(str, value))}"
+    return f"{name}={value}"
+
+
+def _parse_option(item: str) -> tuple[str, Any]:
+    name, equals, text = item.partition("=")
+    try:
+        if name in _FLAGS and not equals:
+            return name, True
+        if name == "window":
+            left, right = text.split("..")
+            return name, (int(left) if left else None, int(right) if right else None)
+        if name == "cu_seqlens":
+            return name, tuple(int(length) for length in text.split("+"))
+        if name == "softcap":
+            return name, float(text)
+    except ValueError:
+        raise CaseError(f"option {item!r}: cannot read its value; write it as in 'window=3..', 'softcap=30.0'") from None
+    if not equals or name in _FLAGS:
+        raise CaseError(f"option {item!r}: expected a flag ({', '.join(_FLAGS)}) or NAME=VALUE")
+    return name, text

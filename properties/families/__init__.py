@@ -1,0 +1,24 @@
+"""The families of the contract: one module each, with the exact definition written once over an abstract arithmetic."""
+
+from __future__ import annotations
+
+from attnproof.properties.contract import ContractError
+from attnproof.properties.families.base import Budget, Family, Problem, Reference
+from attnproof.properties.families.logsumexp import LOGSUMEXP
+from attnproof.properties.families.softmax import SOFTMAX
+from attnproof.properties.families.softmax_rows import SOFTMAX_ROWS
+
+__all__ = ["FAMILIES", "Budget", "Family", "Problem", "Reference", "family_of"]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LOGSUMEXP, SOFTMAX_ROWS, SOFTMAX)}
+
+
+def family_of(name: str) -> Family:
+    """The family called ``name``.
+
+    Raises:
+        ContractError: if there is none; the message lists the names.
+    """
+    if name not in FAMILIES:
+        raise ContractError(f"family={name!r}: no such family; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]

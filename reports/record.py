@@ -1,0 +1,303 @@
+"""The record of a run: one JSON line an event, in a versioned schema that every report is rendered from.
+
+A record begins with :class:`RunStarted`; it is complete when it ends with :class:`RunFinished`. Lines are written
+whole and flushed, so that an interrupted run stays readable up to its last event. Numbers that are not finite are
+written as the strings "nan", "inf", "-inf" (JSON has no others).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CaseJudged",
+    "CaseRecord",
+    "Event",
+    "Failure",
+    "Finding",
+    "KernelJudged",
+    "KernelStarted",
+    "OutputStatistics",
+    "RecordError",
+    "RecordWriter",
+    "RunFinished",
+    "RunStarted",
+    "Series",
+    "read_record",
+]
+
+SCHEMA_VERSION = 1
+
+
+class RecordError(ValueError):
+    """A record that cannot be read: the message names the file, the line and the field."""
+
+
+class CaseRecord(msgspec.Struct, frozen=True):
+    """A case, by which its inputs can be made again.
+
+    Attributes:
+        id: the canonical text, parsed by ``attnproof.properties.case.Case.parse``.
+        regime_class: class of the regime for thresholds ("plain", "tied", "extreme", "exact", ...).
+        shape: sizes by symbol, such as {"B": 1, "H": 2, "M": 128, "N": 128, "D": 64}.
+        options: optional keywords, as plain values.
+        view: how the inputs lie in memory ("contiguous", "sliced", "transposed", "broadcast").
+    """
+
+    id: str
+    family: str
+    dtype: str
+    regime: str
+    regime_class: str
+    shape: dict[str, int]
+    options: dict[str, Any]
+    view: str
+    seed: int
+
+
+class OutputStatistics(msgspec.Struct, frozen=True):
+    """How far one output ("o", "lse", ...) was from the certified reference, as dimensionless ratios.
+
+    Attributes:
+        elements, judged: number of elements, and of those that the contract lets be judged.
+        worst_certain: largest error/certain; above 1 proves a defect.
+        worst_probable: largest error/probable of one element.
+        row_probable: largest row rms of error/probable; rms_probable: rms over the whole output.
+        bias: mean signed error/probable, away from zero positive.
+        certain_reach: largest certain budget over gauge, what this case could at best reveal.
+        logit_magnitude: largest |logit| that entered, None where the family has none.
+        arithmetic: rows by the arithmetic that certified them ("float64", "arb-128", ...).
+    """
+
+    elements: int
+    judged: int
+    worst_certain: float
+    worst_probable: float
+    row_probable: float
+    rms_probable: float
+    bias: float
+    certain_reach: float
+    logit_magnitude: float | None = None
+    arithmetic: dict[str, int] = {}
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """One broken rule in one case.
+
+    Attributes:
+        rule: "certain", "probable-row", "probable-output", "bias", "nonfinite", "empty-row", "shape", "mutation",
+            "aliasing", "determinism", "exception", "crash", "timeout", "memory", "output-flood", ...
+        reason: in words: row, key positions that matter, expected value with radius, got, error over budget.
+        output: the output concerned, or "".
+        index: its position in that output, or empty.
+        expected, radius, got, ratio: of the worst element, where there is one.
+        detail: longer text: traceback, captured output.
+        script: a stand-alone script that shows the failure.
+    """
+
+    rule: str
+    reason: str
+    output: str = ""
+    index: tuple[int, ...] = ()
+    expected: float | None = None
+    radius: float | None = None
+    got: float | None = None
+    ratio: float | None = None
+    detail: str = ""
+    script: str = ""
+
+
+class RunStarted(msgspec.Struct, frozen=True, tag="run-started"):
+    """First event: what was run, where, with which versions."""
+
+    schema: int
+    command: str
+    version: str
+    started: str
+    seed: int
+    platform: dict[str, str]
+
+
+class KernelStarted(msgspec.Struct, frozen=True, tag="kernel-started"):
+    """A kernel comes under judgement. ``expected`` maps "dtype/regime" patterns to the verdict listed for them."""
+
+    kernel: str
+    target: str
+    family: str
+    device: str
+    contract: dict[str, Any]
+    example: bool
+    planned: int
+
+
+class CaseJudged(msgspec.Struct, frozen=True, tag="case-judged"):
+    """The verdict on one case. ``expected`` is the verdict that the suite lists for it, PASS unless listed.
+
+    Attributes:
+        verdict: PASS, FAIL, UNVERIFIED or DECLINED (the kernel raised NotImplementedError).
+        vacuous: properties that this case cannot tell a wrong kernel by, each with the reason.
+        unjudged: elements that the contract leaves open, by reason.
+    """
+
+    kernel: str
+    case: CaseRecord
+    verdict: str
+    expected: str
+    failures: tuple[Failure, ...] = ()
+    vacuous: tuple[str, ...] = ()
+    unjudged: dict[str, int] = {}
+    outputs: dict[str, OutputStatistics] = {}
+    seconds: float = 0.0
+    kernel_seconds: float = 0.0
+
+
+class KernelJudged(msgspec.Struct, frozen=True, tag="kernel-judged"):
+    """The verdict on a kernel over all its cases; ``as_expected`` says whether every case came out as listed."""
+
+    kernel: str
+    verdict: str
+    as_expected: bool
+    reason: str
+    cases: int
+    failed: int
+    vacuous: int
+    declined: int
+    unverified: int
+    seconds: float
+
+
+class Series(msgspec.Struct, frozen=True):
+    """Numbers for a plot: columns of equal length. ``chart`` is "line", "scatter", "histogram" or "table"."""
+
+    title: str
+    chart: str
+    columns: dict[str, list[Any]]
+    x: str
+    y: str
+    color: str = ""
+    log: tuple[str, ...] = ()
+
+
+class Finding(msgspec.Struct, frozen=True, tag="finding"):
+    """A fact established by the run that is not about one kernel: a claim checked, a calibration."""
+
+    name: str
+    status: str
+    statement: str
+    source: str
+    evidence: str
+    series: tuple[Series, ...] = ()
+
+
+class RunFinished(msgspec.Struct, frozen=True, tag="run-finished"):
+    """Last event: the verdict of the run and its exit code (0 PASS, 1 FAIL or DRIFT, 2 usage, 3 UNVERIFIED)."""
+
+    verdict: str
+    exit_code: int
+    seconds: float
+    reason: str = ""
+
+
+Event = RunStarted | KernelStarted | CaseJudged | KernelJudged | Finding | RunFinished
+
+_decoder = msgspec.json.Decoder(Event)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as builtins, with non-finite floats as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def encode_event(event: Event) -> bytes:
+    """One JSON line, newline included."""
+    return msgspec.json.encode(_plain(msgspec.to_builtins(event))) + b"\n"
+
+
+class RecordWriter:
+    """Appends events to a file, each line flushed when written. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("wb")
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        self._file.write(encode_event(event))
+        self._file.flush()
+
+
+def decode_event(line: bytes, where: str = "record") -> Event:
+    """The event of one JSON line.
+
+    Raises:
+        RecordError: with the place ``where`` and the field that does not fit the schema.
+    """
+    try:
+        return _decode(line)
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{where}: {error}") from None
+
+
+_FLOAT_TEXT = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _decode(line: bytes) -> Event:
+    if b'"nan"' in line or b'inf"' in line:
+        return msgspec.convert(_revive(msgspec.json.decode(line)), Event)
+    return _decoder.decode(line)
+
+
+def _revive(value: Any, key: str = "") -> Any:
+    """Non-finite floats back from text, in the numeric fields only."""
+    if isinstance(value, str) and value in _FLOAT_TEXT and key in _NUMERIC:
+        return _FLOAT_TEXT[value]
+    if isinstance(value, dict):
+        inside = "columns" if key == "columns" else ""
+        return {name: _revive(item, inside or name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_revive(item, key) for item in value]
+    return value
+
+
+_NUMERIC = frozenset(
+    "worst_certain worst_probable row_probable rms_probable bias certain_reach logit_magnitude expected radius got "
+    "ratio seconds kernel_seconds columns scale softcap".split()
+)
+
+
+def read_record(path: Path) -> Iterator[Event]:
+    """The events of a record file, in order. A last line cut off by an interruption is passed over.
+
+    Raises:
+        RecordError: if a complete line does not fit the schema, or the schema's version is another one.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            event = decode_event(line, f"{path}:{number}")
+            if isinstance(event, RunStarted) and event.schema != SCHEMA_VERSION:
+                raise RecordError(
+                    f"{path}:{number}: schema {event.schema}, this attnproof reads {SCHEMA_VERSION}; "
+                    "render the record with the version that wrote it"
+                )
+            yield event

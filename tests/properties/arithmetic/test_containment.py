@@ -1,0 +1,122 @@
+"""The exact result lies in every enclosure: operation by operation, for whole attention, at several precisions.
+
+mpmath is the witness: its operations are rounded correctly, or nearly so, at a precision above the balls'. More than
+100,000 random elements are held against both arithmetics that claim a proof.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from attnproof.properties.arithmetic import ArbArithmetic, Ball, EnclosureArithmetic, MpmathArithmetic
+from tests.properties.arithmetic.containment import ball_contains, enclosure_contains, widest_ulps
+from tests.properties.arithmetic.regimes import MODERATE, OPERATIONS, REGIMES, arguments, softmax_attention
+
+# (mpmath digits, Arb bits): the balls are narrower than no mpmath error at the same line.
+PRECISIONS = [
+    pytest.param(30, 64, id="30-digits"),
+    pytest.param(50, 128, id="50-digits"),
+    pytest.param(100, 256, id="100-digits"),
+]
+ELEMENTWISE = (4, 300)
+
+
+def shape_of(operation: str) -> tuple[int, int]:
+    """Operations that reduce get more rows, so that each yields some hundred results."""
+    return {"sum": (100, 7), "matmul": (20, 6)}.get(operation, ELEMENTWISE)
+
+
+@pytest.mark.parametrize(("digits", "bits"), PRECISIONS)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_encloses_the_exact_result(operation: str, regime: str, digits: int, bits: int) -> None:
+    inputs = arguments(operation, regime, shape_of(operation), seed=digits)
+    apply = OPERATIONS[operation][1]
+    exact, balls, fast = MpmathArithmetic(digits), ArbArithmetic(bits), EnclosureArithmetic()
+    truth = apply(exact, *map(exact.exact, inputs))
+    ball = apply(balls, *map(balls.exact, inputs))
+    quick = fast.enclosure(apply(fast, *map(fast.exact, inputs)))
+    known = torch.tensor([bool(exact.context.isfinite(x)) for x in truth.ravel()]).reshape(truth.shape)
+    assert bool((ball_contains(ball, truth) | ~known).all())
+    assert bool((enclosure_contains(balls.enclosure(ball), truth) | ~known).all())
+    assert bool((enclosure_contains(quick, truth) | ~known).all())
+    # Where the definition divides by zero nothing may be claimed.
+    assert bool(quick.radius[~known].isinf().all())
+    assert bool(balls.enclosure(ball).radius[~known].isinf().all())
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_radii_of_the_arguments_are_carried_on(operation: str, regime: str) -> None:
+    """Each argument is a float64 ball with the exact number on its edge; the exact result must stay inside."""
+    inputs = arguments(operation, regime, shape_of(operation), seed=7)
+    apply = OPERATIONS[operation][1]
+    exact, fast = MpmathArithmetic(50), EnclosureArithmetic()
+    truth = apply(exact, *map(exact.exact, inputs))
+    for relative in (2.0**-40, 2.0**-8, 0.75):
+        result = fast.enclosure(apply(fast, *[edge_ball(a, relative, seed=i) for i, a in enumerate(inputs)]))
+        known = torch.tensor([bool(exact.context.isfinite(x)) for x in truth.ravel()]).reshape(truth.shape)
+        assert bool((enclosure_contains(result, truth) | ~known).all())
+        assert bool(result.radius[~known].isinf().all())
+
+
+def edge_ball(inside: torch.Tensor, relative: float, seed: int) -> Ball:
+    """A float64 ball about a displaced centre whose edge is ``inside``, or a rounding beyond."""
+    random = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(0, 2, inside.shape, generator=random).to(torch.float64) - 1.0
+    value = (inside * (1.0 + relative * signs)).clamp(-torch.finfo(torch.float64).max, torch.finfo(torch.float64).max)
+    distance = (inside - value).abs()
+    return Ball(value, torch.nextafter(distance, torch.full_like(distance, math.inf)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_radii_of_ordinary_numbers_are_a_few_ulps(operation: str) -> None:
+    """An enclosure that holds because it is enormous would prove nothing."""
+    fast = EnclosureArithmetic()
+    inputs = [a.abs() + 0.5 for a in arguments(operation, "normal", shape_of(operation), seed=3)]
+    result = fast.enclosure(OPERATIONS[operation][1](fast, *map(fast.exact, inputs)))
+    if operation in ("sub", "log"):
+        assert float(result.radius.max()) <= 2.0**-50
+    else:
+        assert widest_ulps(result) <= {"matmul": 12, "sum": 14}.get(operation, 5)
+
+
+@pytest.mark.parametrize(("digits", "bits"), PRECISIONS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_attention_and_its_logsumexp_are_enclosed(regime: str, digits: int, bits: int) -> None:
+    exact, balls, fast = MpmathArithmetic(digits), ArbArithmetic(bits), EnclosureArithmetic()
+    random = torch.Generator().manual_seed(digits)
+    draw = REGIMES[regime]
+    if regime in ("huge", "wide"):
+        # Scores beyond the largest float64: only the values may be as large as that.
+        q, k = (REGIMES["normal"](random, (2, 12, 8)) * 40.0 for _ in range(2))
+        v = draw(random, (2, 12, 5))
+    else:
+        q, k, v = draw(random, (2, 9, 8)), draw(random, (2, 12, 8)), draw(random, (2, 12, 5))
+    truths = softmax_attention(exact, q, k, v, 0.3)
+    for truth, ball, quick in zip(
+        truths, softmax_attention(balls, q, k, v, 0.3), softmax_attention(fast, q, k, v, 0.3), strict=True
+    ):
+        assert bool(enclosure_contains(balls.enclosure(ball), truth).all())
+        assert bool(enclosure_contains(fast.enclosure(quick), truth).all())
+        assert bool(fast.enclosure(quick).radius.isfinite().all()) or regime in ("huge", "wide")
+
+
+@pytest.mark.parametrize("regime", MODERATE)
+def test_twice_the_precision_moves_nothing_outside_the_radius(regime: str) -> None:
+    random = torch.Generator().manual_seed(11)
+    q, k, v = (REGIMES[regime](random, shape) for shape in ((16, 8), (20, 8), (20, 6)))
+    for low, high in ((MpmathArithmetic(30), MpmathArithmetic(60)), (MpmathArithmetic(50), MpmathArithmetic(100))):
+        for coarse, fine in zip(
+            softmax_attention(low, q, k, v, 0.3), softmax_attention(high, q, k, v, 0.3), strict=True
+        ):
+            assert bool(enclosure_contains(low.enclosure(coarse), fine).all())
+    for few, many in ((ArbArithmetic(64), ArbArithmetic(128)), (ArbArithmetic(128), ArbArithmetic(256))):
+        for coarse, fine in zip(
+            softmax_attention(few, q, k, v, 0.3), softmax_attention(many, q, k, v, 0.3), strict=True
+        ):
+            assert all(a.overlaps(b) for a, b in zip(coarse.ravel(), fine.ravel(), strict=True))
+            assert bool((many.enclosure(fine).radius <= few.enclosure(coarse).radius).all())
