@@ -49,9 +49,9 @@ LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 INF: tl.constexpr = tl.constexpr(math.inf)
 
-# Sizes, strides and addresses are run-time values: what depends on them is told to the compiler by LAYOUT alone.
+# Sizes and strides are run-time values: what depends on them is told to the compiler by LAYOUT alone.
 RUNTIME = (
-    "p_q p_k p_v p_bias p_sinks p_cu p_o p_lse s_qb s_qh s_qm s_qd s_kb s_kh s_kn s_kd s_vb s_vh s_vn s_ve "
+    "p_bias p_sinks p_cu p_o p_lse s_qb s_qh s_qm s_qd s_kb s_kh s_kn s_kd s_vb s_vh s_vn s_ve "
     "s_bb s_bh s_bm s_bn s_sink s_split H GROUP M N D E left right split_tiles"
 ).split()
 
@@ -121,12 +121,13 @@ def attention_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    i_g = i_h // GROUP
+    i_b, i_h, i_g = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), (i_bh % H // GROUP).to(tl.int64)
     if LAYOUT > 0:
         s_qd, s_kd, s_ve = 1, 1, 1
     if LAYOUT > 1:  # strides come divided by 16: the multiplication tells the compiler that rows are aligned
-        s_qm, s_kn, s_vn = s_qm * 16, s_kn * 16, s_vn * 16
+        s_qb, s_qh, s_qm = s_qb * 16, s_qh * 16, s_qm * 16
+        s_kb, s_kh, s_kn = s_kb * 16, s_kh * 16, s_kn * 16
+        s_vb, s_vh, s_vn = s_vb * 16, s_vh * 16, s_vn * 16
 
     # the sequence: a batch entry, or the piece [i_bos, i_bos + n_q) of a packed row (whose batch strides are 0)
     n_q, n_k = M, N
@@ -140,8 +141,6 @@ def attention_kernel(
     p_q += i_b * s_qb + i_h * s_qh + (i_bos + i_m * BM) * s_qm
     p_k += i_b * s_kb + i_g * s_kh + i_bos * s_kn
     p_v += i_b * s_vb + i_g * s_vh + i_bos * s_vn
-    if LAYOUT > 1:
-        p_q, p_k, p_v = tl.multiple_of(p_q, 16), tl.multiple_of(p_k, 16), tl.multiple_of(p_v, 16)
 
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -150,7 +149,8 @@ def attention_kernel(
     m_q = o_m < n_q
     # [BM, BD]
     m_qd = m_q[:, None] & (o_d < D)[None, :] if PAD_D else m_q[:, None]
-    b_q = tl.load(p_q + (tl.arange(0, BM).to(tl.int64) * s_qm)[:, None] + (o_d * s_qd)[None, :], mask=m_qd, other=0.0)
+    o_q = (tl.arange(0, BM).to(tl.int64) * s_qm)[:, None] + (o_d * s_qd)[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_qd, other=0.0)
     # [BD, BN], [BN, BE]
     o_k = (o_n.to(tl.int64) * s_kn)[None, :] + (o_d * s_kd)[:, None]
     o_v = (o_n.to(tl.int64) * s_vn)[:, None] + (o_e * s_ve)[None, :]
@@ -343,7 +343,8 @@ def launch(
         b, h, row, column = (0, 0, 0, 0) if x is None else x.stride()
         # a packed row has one batch entry: its sequences must not move along the batch axis
         b = b if cu_seqlens is None else 0
-        strides += [b, h, row // 16 if layout == ALIGNED and x is not bias else row, column]
+        unit = 16 if layout == ALIGNED and x is not bias else 1
+        strides += [b // unit, h // unit, row // unit, column]
     attention_kernel[(pieces * heads, triton.cdiv(longest, tiles.block_m), splits)](
         q, k, v, bias, sinks, cu_seqlens, o, lse, *strides,
         0 if sinks is None else sinks.stride(0), batch * heads * queries,

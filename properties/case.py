@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from attnproof.properties.contract import DTYPES
-from attnproof.properties.regimes.draw import Draw
+from attnproof.properties.draw import Draw
 from attnproof.properties.views import VIEWS, lay_out
 
 __all__ = ["OPTIONS", "SYMBOLS", "TENSORS", "Case", "CaseError", "Inputs", "make_inputs"]
@@ -213,9 +213,8 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
         keywords["scale"] = float(values.get("scale", draw.scale))
     for name, value in case.options:
         if name == "bias":
-            shape = bias_shape(draw)
-            bias = values["bias"] if "bias" in values else draw.normal("bias", *shape)
-            keywords[name] = lay_out(_stored(np.broadcast_to(bias, shape), case.torch_dtype), case.view, name)
+            bias = values["bias"] if "bias" in values else draw.normal("bias", *draw.bias_shape)
+            keywords[name] = lay_out(_stored(np.broadcast_to(bias, draw.bias_shape), case.torch_dtype), case.view, name)
         elif name == "sinks":
             sinks = values["sinks"] if "sinks" in values else draw.normal("sinks", draw["H"])
             keywords[name] = lay_out(_stored(sinks, case.torch_dtype), case.view, name)
@@ -224,13 +223,6 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
         elif name != "causal_alignment":
             keywords[name] = value
     return keywords
-
-
-def bias_shape(draw: Draw) -> tuple[int, int, int, int]:
-    """The shape of the bias that the draw's options ask for: (B, H, M, N) with 1 where its pattern has 1."""
-    pattern = draw.options["bias"]
-    sizes = [1 if letter == "1" else draw[letter.upper()] for letter in pattern]
-    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 def _tensor_shapes(draw: Draw) -> dict[str, tuple[int, ...]]:

@@ -42,9 +42,14 @@ DTYPE_COLOURS = {
 CATEGORY = ["#4a86c8", "#d0782c", "#2a9d78", "#a071c0", "#c75c7c", "#8a8a3c", "#5aa5b5", "#8c7466"]
 WITHIN, BEYOND = "#4a86c8", "#d0602c"
 
+NUMBER_LABEL = (
+    "datum.value >= 1e4 || datum.value < 1e-3 ? format(datum.value, '.0e') : format(datum.value, '~g')"
+)
+
 CONFIG: dict[str, Any] = {
     "background": "transparent",
-    "font": "inherit",
+    # Named, not inherited: Vega measures its labels by this name before they are on the page.
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif",
     "axis": {
         "labelColor": "currentColor",
         "titleColor": "currentColor",
@@ -91,7 +96,7 @@ def cells_data(summary: Summary) -> Columns:
             figures = [(cell.dtype, cell.worst_certain) for cell in cells]
             figures.append((ALL_DTYPES, worst(cell.worst_certain for cell in cells)))
             rows += [
-                (kernel.index, kernel.name, regime, dtype, _shade(value), ratio(value))
+                (kernel.index, kernel.name, regime, dtype, _shade(value), ratio(value, digits=2))
                 for dtype, value in figures
                 if value is not None
             ]
@@ -117,7 +122,19 @@ def points_data(summary: Summary) -> Columns:
         )
         for point in summary.points
     ]
-    names = "kernel example regime dtype N logit certain row certain_text row_text case".split()
+    names = [
+        "kernel",
+        "example",
+        "regime",
+        "dtype",
+        "N",
+        "logit",
+        "certain",
+        "row",
+        "certain_text",
+        "row_text",
+        "case",
+    ]
     return _columns(tuple(names), rows)
 
 
@@ -125,15 +142,21 @@ def specifications(summary: Summary) -> dict[str, dict[str, Any]]:
     """The charts that every report has, by name: "overview", "kernel", "length", "logit"."""
     dtypes = sorted({point.dtype for point in summary.points}, key=_dtype_order)
     return {
-        "overview": _spec(_heat_map("kernel:N")),
-        "kernel": _spec(_heat_map("dtype:N")),
+        "overview": _spec(_overview()),
+        "kernel": _spec(_heat_map("dtype:N", f"datum.dtype != '{ALL_DTYPES}'")),
         "length": _spec(_scatter("N", "sequence length N (log scale)", dtypes)),
         "logit": _spec(_scatter("logit", "largest |logit| (log scale)", dtypes)),
     }
 
 
-def _heat_map(y: str) -> alt.LayerChart:
-    """Regime across, ``y`` down: blue within the certain budget, orange beyond it, the more the deeper.
+def _overview() -> alt.LayerChart:
+    """Kernels down, regimes across, for the dtype that a control of the page chooses."""
+    shown = alt.param(name="shown", value=ALL_DTYPES)
+    return _heat_map("kernel:N", "datum.dtype == shown").add_params(shown)
+
+
+def _heat_map(y: str, rows: str) -> alt.LayerChart:
+    """Regime across, ``y`` down, of the ``rows`` that an expression keeps: blue within the certain budget, orange beyond it, the more the deeper.
 
     The colour is split at 1 into two hues whose opacity grows with the distance, so that 1 itself is as pale as the
     page in either colour scheme. The order is that of the record.
@@ -154,7 +177,9 @@ def _heat_map(y: str) -> alt.LayerChart:
         fillOpacity=alt.FillOpacity("strength:Q", legend=None, scale=opacity),
     )
     label = base.mark_text(fontSize=10).encode(text="label:N")
-    layered = alt.layer(rectangle, label).transform_calculate(strength="abs(datum.shade)")
+    layered = (
+        alt.layer(rectangle, label).transform_filter(rows).transform_calculate(strength="abs(datum.shade)")
+    )
     return layered.properties(width={"step": 46}, height={"step": 22})
 
 
@@ -164,12 +189,17 @@ def _scatter(x: str, title: str, dtypes: Sequence[str]) -> alt.LayerChart:
     colours = [DTYPE_COLOURS.get(dtype, CATEGORY[4]) for dtype in dtypes]
     base = alt.Chart(alt.NamedData("points")).transform_filter(f"isValid(datum.{x})")
     points = base.mark_point(filled=True, size=28, opacity=0.55).encode(
-        x=alt.X(f"{x}:Q", title=title, scale=alt.Scale(type="log", nice=False, padding=8), axis=alt.Axis(format="~s")),
+        x=alt.X(
+            f"{x}:Q",
+            title=title,
+            scale=alt.Scale(type="log", nice=False, padding=8),
+            axis=_log_axis(grid=False),
+        ),
         y=alt.Y(
             "ratio:Q",
             title="error / budget (log scale)",
             scale=alt.Scale(type="log", nice=False, padding=8),
-            axis=alt.Axis(format="~g", tickCount=8),
+            axis=_log_axis(),
         ),
         color=alt.Color("dtype:N", title=None, scale=alt.Scale(domain=list(dtypes), range=colours)),
         shape=alt.Shape("dtype:N", title=None, scale=alt.Scale(domain=list(dtypes))),
@@ -183,7 +213,7 @@ def _scatter(x: str, title: str, dtypes: Sequence[str]) -> alt.LayerChart:
             alt.Tooltip("case:N", title="case"),
         ],
     )
-    one = alt.Chart(alt.InlineData([{"one": 1}])).mark_rule(strokeDash=[4, 4], opacity=0.6).encode(y="one:Q")
+    one = base.mark_rule(strokeDash=[4, 4], opacity=0.6).encode(y=alt.datum(1))
     layered = alt.layer(one, points.transform_calculate(ratio="datum[budget]")).add_params(budget)
     return layered.properties(width="container", height=280)
 
@@ -196,25 +226,33 @@ def series_chart(series: Series, name: str) -> tuple[dict[str, Any], Columns] | 
     """
     if series.chart == "table" or series.x not in series.columns:
         return None
-    columns = _histogram(series) if series.chart == "histogram" and series.y not in series.columns else series.columns
-    x, y = series.x, series.y if series.y in columns else "count"
+    columns = (
+        _histogram(series)
+        if series.chart == "histogram" and series.y not in series.columns
+        else series.columns
+    )
+    x, y = series.x, series.y
     if y not in columns or not any(_is_number(value) for value in columns[y]):
         return None
     rows = _drawable(columns, [axis for axis in (x, y) if axis in series.log])
     field = {column: f"c{place}" for place, column in enumerate(columns)}
     numeric = all(_is_number(value) or value is None for value in rows[field[x]])
-    x_type, x_scale = ("Q", _axis_scale(x in series.log)) if numeric else ("N", alt.Undefined)
+    across = _axis(x in series.log) if numeric else {}
     encoding: dict[str, Any] = {
-        "x": alt.X(f"{field[x]}:{x_type}", title=x, scale=x_scale),
-        "y": alt.Y(f"{field[y]}:Q", title=y, scale=_axis_scale(y in series.log, zero=series.chart == "histogram")),
+        "x": alt.X(f"{field[x]}:{'Q' if numeric else 'N'}", title=x, **across),
+        "y": alt.Y(
+            f"{field[y]}:Q", title=y, stack=None, **_axis(y in series.log, zero=series.chart == "histogram")
+        ),
         "tooltip": [alt.Tooltip(f"{field[column]}", type="nominal", title=column) for column in columns],
     }
     if series.color in columns:
-        encoding["color"] = alt.Color(f"{field[series.color]}:N", title=series.color)
+        encoding["color"] = _colour(series.color, field[series.color], columns[series.color])
     base = alt.Chart(alt.NamedData(name))
-    layers: list[alt.Chart] = [_marks(base, series.chart, len(set(map(str, rows[field[x]])))).encode(**encoding)]
+    layers: list[alt.Chart] = [
+        _marks(base, series.chart, len(set(map(str, rows[field[x]])))).encode(**encoding)
+    ]
     if "threshold" in columns and series.chart == "histogram":
-        layers.append(_thresholds(base, field, series, x_scale))
+        layers.append(_thresholds(base, field, series))
     return _spec(alt.layer(*layers).properties(width="container", height=240)), rows
 
 
@@ -223,15 +261,15 @@ def _marks(base: alt.Chart, chart: str, distinct: int) -> alt.Chart:
     if chart == "line":
         return base.mark_line(point=True)
     if chart == "histogram":
-        return base.mark_bar(opacity=0.65, size=max(3, min(24, 480 // max(1, distinct))))
+        return base.mark_bar(opacity=0.5, size=max(3, min(24, 480 // max(1, distinct))))
     return base.mark_point(filled=True, size=36, opacity=0.65)
 
 
-def _thresholds(base: alt.Chart, field: dict[str, str], series: Series, scale: Any) -> alt.Chart:
+def _thresholds(base: alt.Chart, field: dict[str, str], series: Series) -> alt.Chart:
     """Vertical rules at the distinct values of the column "threshold", in the colour of their group."""
     keys = [field["threshold"], *([field[series.color]] if series.color in field else [])]
     encoding: dict[str, Any] = {
-        "x": alt.X(f"{field['threshold']}:Q", scale=scale),
+        "x": alt.X(f"{field['threshold']}:Q"),
         "tooltip": [alt.Tooltip(f"{field['threshold']}:Q", title="threshold")],
     }
     if series.color in field:
@@ -259,7 +297,7 @@ def _histogram(series: Series) -> Columns:
     centres = [low + (place + 0.5) * width for _, place in counts]
     columns: Columns = {
         series.x: [float(f"{10**centre if logarithmic else centre:.4g}") for centre in centres],
-        "count": list(counts.values()),
+        series.y: list(counts.values()),
     }
     if series.color:
         columns[series.color] = [colour for colour, _ in counts]
@@ -275,14 +313,36 @@ def _drawable(columns: Columns, positive: Sequence[str]) -> Columns:
     for place, (name, values) in enumerate(columns.items()):
         padded = [*values, *[None] * (length - len(values))]
         drawn[f"c{place}"] = [
-            None if isinstance(v, float) and not math.isfinite(v) or name in positive and _is_number(v) and v <= 0 else v
+            None
+            if (isinstance(v, float) and not math.isfinite(v))
+            or (name in positive and _is_number(v) and v <= 0)
+            else v
             for v in padded
         ]
     return drawn
 
 
-def _axis_scale(logarithmic: bool, zero: bool = False) -> alt.Scale:
-    return alt.Scale(type="log", nice=False, padding=8) if logarithmic else alt.Scale(zero=zero, padding=8)
+def _log_axis(grid: bool = True) -> alt.Axis:
+    """Few ticks, written as numbers (Vega would write 200m for 0.2)."""
+    return alt.Axis(tickCount=6, labelExpr=NUMBER_LABEL, labelOverlap=True, grid=grid)
+
+
+def _axis(logarithmic: bool, zero: bool = False) -> dict[str, Any]:
+    """Scale and axis of one direction; with ``zero`` it begins at 0 (bars)."""
+    if logarithmic:
+        return {"scale": alt.Scale(type="log", nice=False, padding=8), "axis": _log_axis()}
+    return {"scale": alt.Scale(zero=True) if zero else alt.Scale(zero=False, padding=8)}
+
+
+def _colour(title: str, field: str, values: Sequence[Any]) -> alt.Color:
+    """The colour channel; dtypes keep the colours that they have everywhere on the page."""
+    distinct = {str(value) for value in values}
+    if not distinct <= DTYPE_COLOURS.keys():
+        return alt.Color(f"{field}:N", title=title)
+    domain = sorted(distinct, key=_dtype_order)
+    return alt.Color(
+        f"{field}:N", title=None, scale=alt.Scale(domain=domain, range=[DTYPE_COLOURS[d] for d in domain])
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -55,17 +55,21 @@ def render(events: Iterable[Event], path: Path) -> Path:
     data["cells"], data["points"] = charts.cells_data(summary), charts.points_data(summary)
     findings = tuple(_finding_view(finding, specs, data) for finding in summary.findings)
     libraries, page = _libraries(), _template_text("page.js")
-    stream = _environment().get_template("report.html.j2").stream(
-        summary=summary,
-        findings=findings,
-        title=_title(summary),
-        kernels_drawn=frozenset(data["cells"]["index"]),
-        point_groups=sorted({point.example for point in summary.points}),
-        dtypes=_dtypes(summary.kernels),
-        chart_data=_json({"config": charts.CONFIG, "specs": specs, "data": data}),
-        style=Markup(_template_text("style.css")),
-        scripts=(Markup(libraries), Markup(page)),
-        script_hashes=(_hash(libraries), _hash(page)),
+    stream = (
+        _environment()
+        .get_template("report.html.j2")
+        .stream(
+            summary=summary,
+            findings=findings,
+            title=_title(summary),
+            kernels_drawn=frozenset(data["cells"]["index"]),
+            point_groups=sorted({point.example for point in summary.points}),
+            dtypes=_dtypes(summary.kernels),
+            chart_data=_json({"config": charts.CONFIG, "specs": specs, "data": data}),
+            style=Markup(_template_text("style.css")),
+            scripts=(Markup(libraries), Markup(page)),
+            script_hashes=(_hash(libraries), _hash(page)),
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
@@ -111,6 +115,7 @@ def _environment() -> jinja2.Environment:
         plain=_plain_text,
         clipped=_clipped,
         rows=_series_rows,
+        titles=_series_titles,
     )
     environment.globals["counted"] = wording.counted
     environment.globals["TABLE_ROWS_LIMIT"] = TABLE_ROWS_LIMIT
@@ -141,6 +146,17 @@ def _series_rows(series: Series) -> list[tuple[str, ...]]:
     length = min(TABLE_ROWS_LIMIT, max(map(len, series.columns.values()), default=0))
     columns = [[_plain_text(value) for value in values[:length]] for values in series.columns.values()]
     return list(zip(*(column + [wording.ABSENT] * (length - len(column)) for column in columns), strict=True))
+
+
+def _series_titles(series: Series) -> list[tuple[str, str]]:
+    """The columns of a series with the way in which each is sorted: as numbers, if it holds nothing else."""
+    return [
+        (
+            name,
+            "number" if all(isinstance(value, (int, float)) or value is None for value in values) else "text",
+        )
+        for name, values in series.columns.items()
+    ]
 
 
 def _json(value: Any) -> Markup:

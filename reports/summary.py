@@ -346,8 +346,16 @@ def _thinned(points: list[Point], limit: int) -> list[Point]:
         for point in points:
             length = round(math.log2(1 + (point.length or 0)) * fineness)
             logit = point.logit if point.logit is not None and math.isfinite(point.logit) else 0.0
-            key = (point.kernel, point.regime, point.dtype, length, round(math.log2(1 + abs(logit)) * fineness))
+            key = (
+                point.kernel,
+                point.regime,
+                point.dtype,
+                length,
+                round(math.log2(1 + abs(logit)) * fineness),
+            )
             if key not in kept or severity(point.certain) > severity(kept[key].certain):
                 kept[key] = point
         points, fineness = list(kept.values()), fineness // 2
-    return sorted(points, key=lambda point: severity(point.certain))[-limit:] if len(points) > limit else points
+    return (
+        sorted(points, key=lambda point: severity(point.certain))[-limit:] if len(points) > limit else points
+    )

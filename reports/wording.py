@@ -10,7 +10,17 @@ import math
 import re
 from collections.abc import Iterable
 
-__all__ = ["ABSENT", "count", "counted", "duration", "log10_clipped", "ratio", "severity", "shape_text", "worst"]
+__all__ = [
+    "ABSENT",
+    "count",
+    "counted",
+    "duration",
+    "log10_clipped",
+    "ratio",
+    "severity",
+    "shape_text",
+    "worst",
+]
 
 ABSENT = "–"
 """Stands where there is no value to show."""
@@ -28,8 +38,8 @@ def worst(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), key=severity, default=None)
 
 
-def ratio(value: float | None) -> str:
-    """Three significant digits: ``0.0123``, ``4.10``, ``1.2e+06``, ``inf``, ``NaN``; None gives a dash."""
+def ratio(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits, two beyond the bounds of plain notation: ``0.0123``, ``4.10``, ``1.2e+06``, ``inf``, ``NaN``; None gives a dash."""
     if value is None:
         return ABSENT
     if math.isnan(value):
@@ -40,8 +50,7 @@ def ratio(value: float | None) -> str:
         return "0"
     if not 1e-3 <= abs(value) < 1e4:
         return f"{value:.1e}"
-    # Decimals that leave three significant digits; from 100 on none.
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def log10_clipped(value: float, low: float, high: float) -> float:

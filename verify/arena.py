@@ -20,7 +20,15 @@ import numpy.typing as npt
 import torch
 
 from attnproof.outcomes import CallRequest, Mutation, Value
-from attnproof.protocol import DTYPES, Argument, Group, Plain, Segment, TensorRef, dtype_name
+from attnproof.protocol import (
+    DTYPES,
+    Argument,
+    Group,
+    Plain,
+    Segment,
+    TensorRef,
+    dtype_name,
+)
 
 __all__ = ["GUARD_BYTES", "POISON", "Packed", "mutations", "pack", "tensor_over", "tensors_of"]
 
@@ -100,7 +108,9 @@ def pack(request: CallRequest) -> Packed:
     layout = _Layout()
     names = [*request.names, *(f"argument {i}" for i in range(len(request.names), len(request.arguments)))]
     packed = Packed(
-        arguments=tuple(_describe(v, name, layout) for v, name in zip(request.arguments, names, strict=False)),
+        arguments=tuple(
+            _describe(v, name, layout) for v, name in zip(request.arguments, names, strict=False)
+        ),
         keywords={name: _describe(value, name, layout) for name, value in request.keywords.items()},
         cotangents=tuple(_describe(v, f"cotangent {i}", layout) for i, v in enumerate(request.cotangents)),
         image=layout.image(),
@@ -109,7 +119,9 @@ def pack(request: CallRequest) -> Packed:
     floating = {ref.name for ref in packed.tensors if re.match(r"b?float|complex", ref.dtype)}
     for name in request.differentiate:
         if name not in floating:
-            raise ValueError(f"differentiate names {name!r}; the floating-point tensors of the call are {floating}")
+            raise ValueError(
+                f"differentiate names {name!r}; the floating-point tensors of the call are {floating}"
+            )
     return packed
 
 
@@ -133,7 +145,9 @@ def _describe_tensor(tensor: torch.Tensor, name: str, layout: _Layout) -> Tensor
             f"tensors of {', '.join(DTYPES)}; the worker moves them to its device"
         )
     if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(f"{name} is a lazy conjugate or negative view: call resolve_conj() or resolve_neg() first")
+        raise ValueError(
+            f"{name} is a lazy conjugate or negative view: call resolve_conj() or resolve_neg() first"
+        )
     shape, strides, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
     return TensorRef(name, dtype, shape, strides, offset, layout.place(tensor))
 
@@ -149,7 +163,9 @@ def tensors_of(arguments: Sequence[Argument]) -> tuple[TensorRef, ...]:
     return tuple(found)
 
 
-def tensor_over(buffer: bytearray | mmap.mmap | memoryview | Bytes, ref: TensorRef, segment: Segment) -> torch.Tensor:
+def tensor_over(
+    buffer: bytearray | mmap.mmap | memoryview | Bytes, ref: TensorRef, segment: Segment
+) -> torch.Tensor:
     """The tensor that a description gives over a buffer, without a copy.
 
     Its storage is exactly the segment, so torch itself refuses views that reach past it.

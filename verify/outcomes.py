@@ -65,7 +65,7 @@ class CallRequest:
         timeout: seconds, in place of the pool's.
     """
 
-    kernel: KernelSource
+    kernel: KernelSource = field(kw_only=False)
     device: str = "cpu"
     arguments: tuple[Value, ...] = ()
     keywords: Mapping[str, Value] = field(default_factory=dict)
@@ -80,7 +80,9 @@ class CallRequest:
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}: a call is made at least once")
         if self.differentiate and not any(cotangent is not None for cotangent in self.cotangents):
-            raise ValueError(f"differentiate names {self.differentiate}, and no cotangent is given: pass cotangents")
+            raise ValueError(
+                f"differentiate names {self.differentiate}, and no cotangent is given: pass cotangents"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,9 @@ class Mutation:
         if self.where == "element":
             at = f"{self.tensor}[{', '.join(map(str, self.index))}]" if self.index else self.tensor
             return f"{at} changed from {self.before} to {self.after} ({self.count} elements of {self.tensor} changed)"
-        place = {"storage": "inside the storage of", "guard before": "before", "guard after": "after"}[self.where]
+        place = {"storage": "inside the storage of", "guard before": "before", "guard after": "after"}[
+            self.where
+        ]
         return f"{self.count} bytes {place} {self.tensor} were overwritten, first at distance {self.index[0]}"
 
 

@@ -65,7 +65,9 @@ _NAMES: Final = (
     "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128 "
     "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
 ).split()
-DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
+DTYPES: Final[dict[str, torch.dtype]] = {
+    name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)
+}
 """Every dtype that may cross the pipe, by its name in torch."""
 
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
@@ -100,7 +102,7 @@ class TensorRef(msgspec.Struct, frozen=True, tag="tensor"):
 class Plain(msgspec.Struct, frozen=True, tag="plain"):
     """An argument that is no tensor."""
 
-    value: None | bool | int | float | str
+    value: bool | int | float | str | None
 
 
 class Group(msgspec.Struct, frozen=True, tag="tuple"):
@@ -168,9 +170,9 @@ class TensorNode(msgspec.Struct, frozen=True, tag="tensor"):
 
 
 class Opaque(msgspec.Struct, frozen=True, tag="opaque"):
-    """Something returned that is no dense tensor: its type, and a limited text of it."""
+    """Something returned that is no dense tensor: its type's name, and a limited text of it."""
 
-    type: str
+    kind: str
     text: str
 
 

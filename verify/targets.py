@@ -75,7 +75,9 @@ def resolve(target: str) -> Callable[..., Any]:
     """
     module_name, separator, attribute = target.partition(":")
     if not separator or not module_name or not attribute or not all(attribute.split(".")):
-        raise TargetError(f"{target!r} is no target: write package.module:attribute, such as mykernels.flash:attention")
+        raise TargetError(
+            f"{target!r} is no target: write package.module:attribute, such as mykernels.flash:attention"
+        )
     found: Any = _import(module_name, target)
     path = module_name
     for name in attribute.split("."):
@@ -84,7 +86,9 @@ def resolve(target: str) -> Callable[..., Any]:
         except AttributeError as error:
             raise TargetError(_missing_attribute(target, path, found, name, error)) from error
         except Exception as error:
-            raise TargetError(f"target {target!r}: looking up {name!r} in {path} raised {_place(error)}") from error
+            raise TargetError(
+                f"target {target!r}: looking up {name!r} in {path} raised {_place(error)}"
+            ) from error
         path = f"{path}.{name}"
     if not callable(found):
         raise TargetError(f"target {target!r} names a {type(found).__name__}, which cannot be called")
@@ -107,7 +111,9 @@ def describe(function: Callable[..., Any] | str) -> KernelSource:
     if isinstance(function, str):
         return Importable(function)
     if not callable(function):
-        raise TargetError(f"a kernel is a callable or a target such as 'package.module:name', not a {_kind(function)}")
+        raise TargetError(
+            f"a kernel is a callable or a target such as 'package.module:name', not a {_kind(function)}"
+        )
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if isinstance(module, str) and isinstance(name, str) and _leads_to(module, name, function):
         return Importable(f"{module}:{name}")
@@ -132,21 +138,27 @@ def _import(module_name: str, target: str) -> ModuleType:
                 f"target {target!r}: there is no module {missing!r}; install it into the environment of "
                 f"{sys.executable}, or add its folder to PYTHONPATH (now in {os.getcwd()})"
             ) from error
-        raise TargetError(f"target {target!r}: importing {module_name} needs {missing!r}: {_place(error)}") from error
+        raise TargetError(
+            f"target {target!r}: importing {module_name} needs {missing!r}: {_place(error)}"
+        ) from error
     except (Exception, SystemExit) as error:
         raise TargetError(f"target {target!r}: importing {module_name} raised {_place(error)}") from error
 
 
 def _place(error: BaseException) -> str:
     """The error, and the last line that is not import machinery."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename
+    ]
     outside = [frame for frame in frames if frame.filename != __file__]
     where = f" at {outside[-1].filename}:{outside[-1].lineno}" if outside else ""
     return f"{type(error).__name__}: {error}{where}"
 
 
 def _missing_attribute(target: str, path: str, owner: Any, name: str, error: AttributeError) -> str:
-    nearest = difflib.get_close_matches(name, [entry for entry in dir(owner) if entry != name], _NEAREST_NAMES)
+    nearest = difflib.get_close_matches(
+        name, [entry for entry in dir(owner) if entry != name], _NEAREST_NAMES
+    )
     hint = f"; nearest names: {', '.join(nearest)}" if nearest else ""
     # An AttributeError that a module's own __getattr__ raised for another reason must not read like a spelling mistake.
     cause = "" if getattr(error, "name", name) in (name, None) else f" ({error})"
@@ -195,7 +207,12 @@ def _unreachable_modules(function: object) -> set[str]:
     while function is not None:
         for part in (function, type(function)):
             name = getattr(part, "__module__", None)
-            if isinstance(name, str) and name != "__main__" and name in sys.modules and not _is_reachable(name):
+            if (
+                isinstance(name, str)
+                and name != "__main__"
+                and name in sys.modules
+                and not _is_reachable(name)
+            ):
                 modules.add(name)
         if isinstance(function, functools.partial):
             function = function.func

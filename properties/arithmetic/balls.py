@@ -24,7 +24,7 @@ from attnproof.properties.arithmetic.conversion import (
 
 __all__ = ["ArbArithmetic"]
 
-# Inputs are stored exactly whatever the precision, but one below float64's would widen every result needlessly.
+# Inputs are stored exactly whatever the precision, but one below float64's would widen every result.
 FEWEST_BITS = 53
 LARGEST = float(np.finfo(np.float64).max)
 
@@ -35,7 +35,7 @@ _tanh = np.frompyfunc(flint.arb.tanh, 1, 1)
 
 @contextmanager
 def _precision(bits: int) -> Iterator[None]:
-    """Arb's working precision, which python-flint keeps in one global, set to ``bits`` and put back afterwards."""
+    """Arb's working precision, one global of python-flint, set to ``bits`` and put back afterwards."""
     before = flint.ctx.prec
     flint.ctx.prec = bits
     try:
@@ -47,8 +47,8 @@ def _precision(bits: int) -> Iterator[None]:
 class ArbArithmetic(Arithmetic[ObjectArray]):
     """Ball arithmetic by Arb (Johansson 2017): every value is a ball that is proved to hold the exact result.
 
-    A value is an object array of ``flint.arb``. The precision is set around each operation and restored after it;
-    python-flint keeps it in a global, so two threads must not use balls at once.
+    A value is an object array of ``flint.arb``. The precision is set around each operation and restored after
+    it; python-flint keeps it in a global, so two threads must not use balls at once.
 
     Args:
         bits: binary digits of the balls' centres, ≥ 53.
@@ -139,12 +139,14 @@ def _product(a: ObjectArray, b: ObjectArray) -> ObjectArray:
     (rows, inner), columns = a.shape, b.shape[1]
     if inner == 0 or rows == 0 or columns == 0:
         return as_objects([flint.arb(0) for _ in range(rows * columns)], (rows, columns))
-    product = flint.arb_mat(rows, inner, a.ravel().tolist()) * flint.arb_mat(inner, columns, b.ravel().tolist())
+    product = flint.arb_mat(rows, inner, a.ravel().tolist()) * flint.arb_mat(
+        inner, columns, b.ravel().tolist()
+    )
     return as_objects(product.entries(), (rows, columns))
 
 
 def _centres(a: ObjectArray) -> FloatArray:
-    """The balls' centres, flattened: finite float64, 0 for an unbounded ball, ±inf for a ball that is exactly that."""
+    """The balls' centres in float64, flattened: 0 for an unbounded ball, ±inf for an exact infinity."""
     balls = a.ravel().tolist()
     nearest = np.array([float(x.mid()) for x in balls], dtype=np.float64)
     if not np.isfinite(nearest).all():

@@ -1,4 +1,4 @@
-"""What the arithmetics share at their borders: tensors in, object arrays of numbers between, enclosures out."""
+"""What the arithmetics share at their borders: tensors in, arrays of numbers between, enclosures out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["FloatArray", "ObjectArray", "as_objects", "finite_float64", "keep_mask", "products", "round_up", "to_tensor"]
+__all__ = [
+    "FloatArray",
+    "ObjectArray",
+    "as_objects",
+    "check_mask",
+    "check_matmul",
+    "finite_float64",
+    "keep_mask",
+    "products",
+    "round_up",
+    "to_tensor",
+]
 
 ObjectArray: TypeAlias = npt.NDArray[np.object_]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -24,13 +35,16 @@ def finite_float64(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point:
         found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise TypeError(f"exact(tensor): tensor is {found}; pass a floating torch tensor (float16 to float64)")
+        raise TypeError(
+            f"exact(tensor): tensor is {found}; pass a floating torch tensor (float16 to float64)"
+        )
     result = tensor.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(result).all()):
         count = int((~torch.isfinite(result)).sum())
         raise ValueError(
-            f"exact(tensor): {count} of {result.numel()} elements of the tensor of shape {tuple(result.shape)} are NaN "
-            "or infinite; an arithmetic takes finite numbers only: replace them, and apply masks with masked()"
+            f"exact(tensor): {count} of {result.numel()} elements of the tensor of shape "
+            f"{tuple(result.shape)} are NaN or infinite; an arithmetic takes finite numbers only: apply "
+            "masks with masked() instead"
         )
     return result
 
@@ -47,20 +61,35 @@ def to_tensor(array: FloatArray) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
 
 
-def keep_mask(keep: torch.Tensor) -> npt.NDArray[np.bool_]:
-    """The mask of ``masked`` as a NumPy array.
+def check_mask(keep: torch.Tensor) -> None:
+    """Accept the mask of ``masked``.
 
     Raises:
         TypeError: ``keep`` is not a bool tensor.
     """
     if keep.dtype != torch.bool:
-        raise TypeError(f"masked(a, keep): keep is {keep.dtype}; pass a bool tensor that is True where a is kept")
+        raise TypeError(f"masked(a, keep): keep is {keep.dtype}; pass a bool tensor, True where a is kept")
+
+
+def check_matmul(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    """Accept the shapes of a matrix product's arguments.
+
+    Raises:
+        ValueError: the shapes do not fit, or one has fewer than two axes.
+    """
+    if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
+        raise ValueError(f"matmul(a, b): shapes {a} and {b} do not fit; ask (…, M, K) and (…, K, N)")
+
+
+def keep_mask(keep: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """The mask of ``masked``, a bool tensor, as a NumPy array."""
+    check_mask(keep)
     mask: npt.NDArray[np.bool_] = keep.detach().cpu().numpy()
     return mask
 
 
 def round_up(nearest: FloatArray, is_zero: FloatArray | npt.NDArray[np.bool_]) -> FloatArray:
-    """Upper bounds of non-negative numbers, from their conversions to float64 with an error of less than one ulp.
+    """Upper bounds of non-negative numbers, from conversions to float64 that err by less than one ulp.
 
     Args:
         nearest: the converted numbers; a NaN counts as unbounded.
@@ -71,14 +100,11 @@ def round_up(nearest: FloatArray, is_zero: FloatArray | npt.NDArray[np.bool_]) -
     return np.where(np.isnan(bound), np.inf, bound)
 
 
-def products(a: ObjectArray, b: ObjectArray, multiply: Callable[[ObjectArray, ObjectArray], ObjectArray]) -> ObjectArray:
-    """The batched matrix product (…, M, K) × (…, K, N) → (…, M, N) from the product of two matrices.
-
-    Raises:
-        ValueError: the shapes do not fit, or an argument has fewer than two axes.
-    """
-    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"matmul(a, b): shapes {a.shape} and {b.shape} do not fit; ask (…, M, K) and (…, K, N)")
+def products(
+    a: ObjectArray, b: ObjectArray, multiply: Callable[[ObjectArray, ObjectArray], ObjectArray]
+) -> ObjectArray:
+    """The batched matrix product (…, M, K) × (…, K, N) → (…, M, N) from the product of two matrices."""
+    check_matmul(a.shape, b.shape)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     left = np.broadcast_to(a, batch + a.shape[-2:])
     right = np.broadcast_to(b, batch + b.shape[-2:])

@@ -1,4 +1,4 @@
-"""The definition's meaning: every operation in mpmath, at a precision that is stated and far beyond any kernel's."""
+"""The definition's meaning: every operation in mpmath, at a stated precision far beyond any kernel's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from attnproof.properties.arithmetic.conversion import (
 __all__ = ["MpmathArithmetic"]
 
 # Digits that a chain of rounded operations is assumed to lose at most, cancellation aside: the radius that
-# `enclosure` states is 10**(GUARD_DIGITS - digits) of the value. 10^8 roundings in a row would be needed to use it up.
+# `enclosure` states is 10**(GUARD_DIGITS - digits) of the value. It takes 10^8 roundings in a row to use
+# it up.
 GUARD_DIGITS = 8
 # Fewer digits than this could not hold a float64 exactly.
 FEWEST_DIGITS = 17
@@ -35,8 +36,9 @@ SMALLEST = float(np.finfo(np.float64).smallest_subnormal)
 class MpmathArithmetic(Arithmetic[ObjectArray]):
     """Arbitrary precision by mpmath: slow, transparent, the word of last resort.
 
-    A value is an object array of ``mpf`` of a context that belongs to this object; the precision of ``mpmath.mp`` is
-    neither read nor changed. Matrix products and sums are accumulated exactly and rounded once.
+    A value is an object array of ``mpf`` of a context that belongs to this object; the precision of
+    ``mpmath.mp`` is neither read nor changed. Matrix products and sums are accumulated exactly and rounded
+    once.
 
     Args:
         digits: decimal digits of every operation, ≥ 17.
@@ -49,7 +51,9 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
 
     def __init__(self, digits: int = 50) -> None:
         if digits < FEWEST_DIGITS:
-            raise ValueError(f"digits is {digits}; at least {FEWEST_DIGITS} are needed to hold a float64 exactly")
+            raise ValueError(
+                f"digits is {digits}; at least {FEWEST_DIGITS} are needed to hold a float64 exactly"
+            )
         self.digits = digits
         self.context: Any = mpmath.MPContext()
         self.context.dps = digits
@@ -92,7 +96,9 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
         return np.swapaxes(a, -1, -2)
 
     def sum(self, a: ObjectArray) -> ObjectArray:
-        rows = a.reshape(-1, a.shape[-1]) if a.size else np.empty((int(np.prod(a.shape[:-1])), 0), dtype=object)
+        rows = (
+            a.reshape(-1, a.shape[-1]) if a.size else np.empty((int(np.prod(a.shape[:-1])), 0), dtype=object)
+        )
         return as_objects([self.context.fsum(row) for row in rows.tolist()], (*a.shape[:-1], 1))
 
     def exp(self, a: ObjectArray) -> ObjectArray:
@@ -113,10 +119,10 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
         return to_tensor(self._nearest(a).reshape(a.shape))
 
     def enclosure(self, a: ObjectArray) -> Enclosure:
-        """a rounded to float64, with a radius that is an estimate and no proof.
+        """The value rounded to float64, with a radius that is an estimate and no proof.
 
-        The radius is the rounding's own error plus 10**(8 − digits) of the value: room for 10^8 roundings in a row,
-        but cancellation is not looked for. Use :class:`ArbArithmetic` where a proof is wanted.
+        The radius is the rounding's own error plus 10**(8 − digits) of the value: room for 10^8 roundings in
+        a row, but cancellation is not looked for. Use :class:`ArbArithmetic` where a proof is wanted.
         """
         nearest = self._nearest(a)
         mpf, is_finite = self.context.mpf, self.context.isfinite
@@ -125,25 +131,31 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
             abs(x - mpf(f)) if is_finite(x) else (unbounded if x != x else mpf(0))  # noqa: PLR0124
             for x, f in zip(a.ravel().tolist(), nearest.tolist(), strict=True)
         ]
-        rounding = round_up(np.array([float(d) for d in distances]), np.array([d == 0 for d in distances], dtype=bool))
+        rounding = round_up(
+            np.array([float(d) for d in distances]), np.array([d == 0 for d in distances], dtype=bool)
+        )
         magnitude = np.where(np.isinf(nearest), 0.0, np.abs(nearest) + SMALLEST)
         working = round_up(magnitude * 10.0 ** (GUARD_DIGITS - self.digits), magnitude == 0)
         radius = np.where(working == 0, rounding, round_up(rounding + working, rounding + working == 0))
         return Enclosure(to_tensor(nearest.reshape(a.shape)), to_tensor(radius.reshape(a.shape)))
 
     def _nearest(self, a: ObjectArray) -> FloatArray:
-        """a flattened, as finite float64 where a is finite, as ±inf where it is that, and as 0 where it is NaN."""
+        """Flattened: finite float64 where a is finite, ±inf where it is that, 0 where it is NaN."""
         numbers = a.ravel().tolist()
         nearest = np.array([float(x) for x in numbers], dtype=np.float64)
         if not np.isfinite(nearest).all():
             overflowed = np.isinf(nearest) & np.array([bool(self.context.isfinite(x)) for x in numbers])
-            nearest = np.where(overflowed, np.copysign(LARGEST, nearest), np.where(np.isnan(nearest), 0.0, nearest))
+            nearest = np.where(
+                overflowed, np.copysign(LARGEST, nearest), np.where(np.isnan(nearest), 0.0, nearest)
+            )
         return nearest
 
     def _product(self, a: ObjectArray, b: ObjectArray) -> ObjectArray:
         dot = self.context.fdot
         columns = b.T.tolist()
-        return as_objects([dot(row, column) for row in a.tolist() for column in columns], (a.shape[0], b.shape[1]))
+        return as_objects(
+            [dot(row, column) for row in a.tolist() for column in columns], (a.shape[0], b.shape[1])
+        )
 
     def _quotient_of_two(self, a: Any, b: Any) -> Any:
         return a / b if b else self._nan

@@ -9,7 +9,10 @@ import torch
 
 from attnproof.properties.contract import ContractError
 
-__all__ = ["Budget", "broadcast_mask", "dtype_name"]
+__all__ = ["EXP_OVERFLOW", "EXP_UNDERFLOW", "Budget", "broadcast_mask", "dtype_name"]
+
+# exp overflows float32 above the first, and is below its smallest subnormal number under the second (theory.md, Formats).
+EXP_OVERFLOW, EXP_UNDERFLOW = 88.73, -103.98
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 

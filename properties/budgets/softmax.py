@@ -253,7 +253,7 @@ def _probable_output(
     else:
         variance = variance + r.accumulate**2 * (_summation_variance(n, squares, o) + n * o.square() / 9.0)
     variance = variance + (3.0 * r.elementwise * o).square() / 3.0
-    return (variance + (r.output**2 * o.square() + r.output_tiny**2 + r.accumulate_tiny**2) / 3.0).sqrt()
+    return (variance + (r.output**2 * o.square() + r.output_tiny**2 + n * r.accumulate_tiny**2) / 3.0).sqrt()
 
 
 def _operand_response(

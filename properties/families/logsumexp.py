@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
+from attnproof.properties.budgets.base import EXP_OVERFLOW, EXP_UNDERFLOW
 from attnproof.properties.budgets.logsumexp import logsumexp_budget, weights_budget
 from attnproof.properties.contract import Contract, ContractError
 from attnproof.properties.families.base import Budget, Family, Problem, dtype_name
@@ -110,7 +111,9 @@ class RowsProblem(Problem):
             name = "equal weights"
         near = (y == guess) | ((y - guess).abs() <= budget.certain)
         if bool((near | ~judged).all()):
-            return [f"accuracy: {name} would be within the budget of every row"]
+            largest = x.amax(-1)[self.seen.any(-1) & ~self.poisoned] if x.shape[-1] else x.new_zeros(0)
+            shifted = bool(((largest > EXP_OVERFLOW) | (largest < EXP_UNDERFLOW)).any())
+            return [f"{'weights' if shifted else 'accuracy'}: {name} would be within the budget of every row"]
         return []
 
     def explain_row(self, output: str, row: tuple[int, ...]) -> str:

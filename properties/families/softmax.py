@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
+from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
+from attnproof.properties.budgets.base import EXP_OVERFLOW, EXP_UNDERFLOW
 from attnproof.properties.budgets.softmax import attention_budgets
 from attnproof.properties.contract import Contract, ContractError
 from attnproof.properties.families.base import Budget, Family, Problem, dtype_name
@@ -180,10 +182,21 @@ class SoftmaxProblem(Problem):
         weights = self.seen.double()
         mean = (weights / weights.sum(-1, keepdim=True).clamp(min=1.0)) @ self.values().double()
         if bool((((o - mean).abs() <= budget.certain) | ~judged).all()):
-            reasons.append("accuracy: the mean of the values seen is within the budget of every row")
+            what = "weights" if self._needs_shift(judged.any(-1)) else "accuracy"
+            reasons.append(f"{what}: the mean of the values seen is within the budget of every row")
         if self.masked and bool(self.seen.all()):
             reasons.append("mask: every query sees every key")
         return reasons
+
+    def _needs_shift(self, rows: torch.Tensor) -> bool:
+        """Whether exponentials of unshifted scores overflow float32, or all underflow, in one of ``rows`` (B, H, M).
+
+        Such a case tells kernels that do not subtract the maximum, even where it cannot tell weights apart.
+        """
+        arithmetic = EnclosureArithmetic()
+        s = arithmetic.midpoint(self.scores(arithmetic)).masked_fill(~self.seen, -torch.inf)
+        largest = s.amax(-1)[rows & ~self.keyless()]
+        return bool(((largest > EXP_OVERFLOW) | (largest < EXP_UNDERFLOW)).any())
 
     def explain_row(self, output: str, row: tuple[int, ...]) -> str:
         """Keys seen, and the three with the largest weights."""
@@ -193,8 +206,6 @@ class SoftmaxProblem(Problem):
         if not count:
             return f"row (batch {b}, head {h}, query {i}) sees no key"
         part = self._part(b, h, torch.tensor([i]), torch.ones_like(seen))
-        from attnproof.properties.arithmetic import EnclosureArithmetic
-
         arithmetic = EnclosureArithmetic()
         s = arithmetic.midpoint(part.scores(arithmetic)).flatten().masked_fill(~seen, -torch.inf)
         p = torch.softmax(s, -1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from attnproof.properties.contract import DTYPES
-from attnproof.properties.regimes.draw import Draw
+from attnproof.properties.draw import Draw
 
 __all__ = ["Builder", "Regime", "RegimeClass", "merged"]
 

@@ -1,4 +1,4 @@
-"""Softmax attention, one scalar at a time (contract.md, "Calls" and "The edges"; Vaswani et al. 2017, equation 1).
+"""Softmax attention, one scalar at a time (contract.md, "Calls" and "The edges"; Vaswani et al. 2017).
 
     s_j  = scale · Σ_d q_d k_jd,   then softcap · tanh(s_j / softcap),   then + bias_j
     Z    = Σ_{j seen} e^{s_j} + e^{sink}          (the last term with sinks only)
@@ -10,6 +10,7 @@ The exponentials are taken as they are, with no maximum subtracted: mpmath's exp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import mpmath
@@ -58,6 +59,12 @@ def softmax_attention(
     """
     mp = mpmath.MPContext()
     mp.dps = digits
+    place: dict[str, Any] = {
+        "causal": causal,
+        "causal_alignment": causal_alignment,
+        "window": window,
+        "cu_seqlens": cu_seqlens,
+    }
     output, logs = [], []
     for b in range(len(q)):
         output_heads, log_heads = [], []
@@ -70,7 +77,7 @@ def softmax_attention(
                 total = mp.mpf(0)
                 weighted = [mp.mpf(0) for _ in range(value_width)]
                 for j in range(n):
-                    if not sees(i, j, m, n, causal, causal_alignment, window, cu_seqlens):
+                    if not sees(i, j, m, n, **place):
                         continue
                     offset = 0.0 if bias is None else bias[b][h][i][j]
                     if offset == MINUS_INFINITY:
@@ -101,6 +108,7 @@ def sees(
     j: int,
     m: int,
     n: int,
+    *,
     causal: bool,
     causal_alignment: str,
     window: tuple[int | None, int | None] | None,
@@ -119,7 +127,7 @@ def sees(
         if right is not None and j > position + right:
             return False
     if cu_seqlens is not None:
-        for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        for start, end in pairwise(cu_seqlens):
             if (start <= i < end) != (start <= j < end):
                 return False
     return True

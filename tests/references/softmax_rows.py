@@ -16,9 +16,7 @@ def softmax_row(x: Sequence[float], digits: int = 60) -> list[Any]:
     """The softmax of one row, mpmath numbers; 0 at masked entries, and throughout where all are masked."""
     mp = mpmath.MPContext()
     mp.dps = digits
-    exponentials = []
-    for logit in x:
-        exponentials.append(mp.mpf(0) if logit == MINUS_INFINITY else mp.exp(mp.mpf(logit)))
+    exponentials = [mp.mpf(0) if logit == MINUS_INFINITY else mp.exp(mp.mpf(logit)) for logit in x]
     total = mp.mpf(0)
     for exponential in exponentials:
         total += exponential

@@ -6,7 +6,6 @@ whole rows: 8 µs for 32 tiles of 64x64 float16 where an element-wise gather tak
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +13,22 @@ from torch import Tensor
 
 from attnproof.emulator.machine import Context
 from attnproof.emulator.memory import Buffer, Site, fault
-from attnproof.emulator.values import Pointer
+from attnproof.emulator.values import Pointer, remembered
+
+
+def _bounds(part: Tensor) -> tuple[int, int]:
+    if part.numel() == 1:
+        value = int(part)
+        return value, value
+    least, most = torch.aminmax(part)
+    return int(least), int(most)
 
 
 def _extreme(parts: tuple[Tensor, ...]) -> tuple[int, int]:
     low = high = 0
     for part in parts:
-        if part.numel() == 1:
-            value = int(part)
-            low, high = low + value, high + value
-        else:
-            least, most = torch.aminmax(part)
-            low, high = low + int(least), high + int(most)
+        least, most = remembered(part, "bounds", lambda part=part: _bounds(part))
+        low, high = low + least, high + most
     return low, high
 
 
@@ -154,7 +157,7 @@ def _contiguous_axis(
             continue
         if any(other.shape[axis] > 1 for i, other in enumerate(parts) if i != position):
             continue
-        if _steps_by(part, axis, size):
+        if remembered(part, f"steps{axis}by{size}", lambda part=part, axis=axis: _steps_by(part, axis, size)):
             return position, axis
     return None
 
@@ -255,12 +258,3 @@ def _store_rows(access: Access, flat: Tensor, value: Tensor) -> bool:
     table = flat[phase : phase + count * width].view(count, width)
     table.index_copy_(0, (flat_starts - phase) // width, rows)
     return True
-
-
-def update(access: Access, value: Tensor | None, combine: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """Atomic read-modify-write; returns the old elements (integers, over the broadcast shape).
-
-    Colliding elements are taken one after another, in program order: rank by rank among equal addresses.
-    `combine(old, positions)` returns the new integers of the elements at `positions` (None: all).
-    """
-    raise NotImplementedError(value, combine, access)

@@ -17,8 +17,9 @@ from attnproof.emulator.types import Type
 from attnproof.emulator.values import Value
 
 Run = Callable[..., Any]
+ControlRun = Callable[[Context, Registers, list[Value]], list[Value]]
 Preparer = Callable[[Op, "Lowering"], Run]
-Control = Callable[[Op, "Lowering"], Step]
+Control = Callable[[Op, "Lowering"], ControlRun]
 
 PREPARERS: dict[str, Preparer] = {}
 CONTROLS: dict[str, Control] = {}

@@ -46,6 +46,8 @@ class AddressSpace:
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.by_storage: dict[int, Buffer] = {}
+        # For the race detector: the last writer of each element (program number + 1), by buffer and element size.
+        self.writers: dict[tuple[int, int], Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> Pointer:
         """Register a tensor argument's storage and return the pointer to its first element."""

@@ -236,6 +236,7 @@ class Parser:
         labels = _argument_labels(inner)
         names = labels if len(labels) == len(arguments) else [name.lstrip("%") for name, _ in arguments]
         body = self._region()[0]
+        body.blocks[0].arguments = arguments
         return Function(match.group(2).strip('"'), match.group(1) != "private ", arguments, names, body)
 
     def _region(self) -> tuple[Region, str]:
@@ -335,8 +336,8 @@ class Parser:
             name, body = match.group(0), body[match.end() :]
         if name == "arith.constant":
             return self._constant(body, results, where, text)
-        pieces = split_top(body, " : ")
-        head = pieces[0] if not body.lstrip().startswith(":") else ""
+        pieces = split_top(body, " : ") or [""]
+        head = " : ".join(pieces[:-1] or pieces) if not body.lstrip().startswith(":") else ""
         operand_types, result_types = _signature(pieces[-1]) if len(pieces) > 1 or not head else ([], [])
         attributes: dict[str, str] = {}
         head, successors = self._successors(name, head)
@@ -385,7 +386,7 @@ class Parser:
         if body.startswith("{"):
             end = _matching(body, 0)
             attributes, body = _attributes(body[1:end]), body[end + 1 :].strip()
-        pieces = split_top(body, " : ")
+        pieces = split_top(body, " : ") or [""]
         value = pieces[0]
         kind = parse_type(pieces[1]) if len(pieces) > 1 else parse_type("i1")
         attributes["value"] = value

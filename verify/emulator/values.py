@@ -9,10 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+
+T = TypeVar("T")
+
+
+def remembered(tensor: Tensor, key: str, compute: Callable[[], T]) -> T:
+    """A fact about a tensor, kept with it: constants and loop invariants are asked the same question again and again.
+
+    Run-time values are never written in place, so that what was true of one stays true.
+    """
+    known = tensor.__dict__
+    if key not in known:
+        known[key] = compute()
+    fact: T = known[key]
+    return fact
 
 
 class Pointer:

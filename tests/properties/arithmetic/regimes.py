@@ -1,4 +1,4 @@
-"""Regimes of random float64 numbers, and the operations of an arithmetic as one table, for the tests of this folder."""
+"""Regimes of random float64 numbers, and the operations of an arithmetic as one table."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _one_hot(random: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _ties(random: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Few distinct values, some of them one unit apart in the last place: equal maxima, and halfway cases of sums."""
+    """Few distinct values with an odd last bit: equal maxima, and halfway cases of sums."""
     return torch.randint(-3, 4, shape, generator=random).to(FLOAT64) * (1 + 2.0**-52)
 
 

@@ -1,7 +1,7 @@
-"""The exact result lies in every enclosure: operation by operation, for whole attention, at several precisions.
+"""The exact result lies in every enclosure: by operation, for whole attention, at several precisions.
 
-mpmath is the witness: its operations are rounded correctly, or nearly so, at a precision above the balls'. More than
-100,000 random elements are held against both arithmetics that claim a proof.
+mpmath is the witness: its operations are rounded correctly, or nearly so, at a precision above the balls'.
+More than 100,000 random elements are held against both arithmetics that claim a proof.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def shape_of(operation: str) -> tuple[int, int]:
 @pytest.mark.parametrize(("digits", "bits"), PRECISIONS)
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_encloses_the_exact_result(operation: str, regime: str, digits: int, bits: int) -> None:
+def test_every_operation_encloses_the_exact_result(
+    operation: str, regime: str, digits: int, bits: int
+) -> None:
     inputs = arguments(operation, regime, shape_of(operation), seed=digits)
     apply = OPERATIONS[operation][1]
     exact, balls, fast = MpmathArithmetic(digits), ArbArithmetic(bits), EnclosureArithmetic()
@@ -51,7 +53,7 @@ def test_every_operation_encloses_the_exact_result(operation: str, regime: str, 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_radii_of_the_arguments_are_carried_on(operation: str, regime: str) -> None:
-    """Each argument is a float64 ball with the exact number on its edge; the exact result must stay inside."""
+    """Each argument is a float64 ball with the exact number on its edge; the result must stay inside."""
     inputs = arguments(operation, regime, shape_of(operation), seed=7)
     apply = OPERATIONS[operation][1]
     exact, fast = MpmathArithmetic(50), EnclosureArithmetic()
@@ -67,7 +69,9 @@ def edge_ball(inside: torch.Tensor, relative: float, seed: int) -> Ball:
     """A float64 ball about a displaced centre whose edge is ``inside``, or a rounding beyond."""
     random = torch.Generator().manual_seed(seed)
     signs = 2.0 * torch.randint(0, 2, inside.shape, generator=random).to(torch.float64) - 1.0
-    value = (inside * (1.0 + relative * signs)).clamp(-torch.finfo(torch.float64).max, torch.finfo(torch.float64).max)
+    value = (inside * (1.0 + relative * signs)).clamp(
+        -torch.finfo(torch.float64).max, torch.finfo(torch.float64).max
+    )
     distance = (inside - value).abs()
     return Ball(value, torch.nextafter(distance, torch.full_like(distance, math.inf)))
 
@@ -109,7 +113,10 @@ def test_attention_and_its_logsumexp_are_enclosed(regime: str, digits: int, bits
 def test_twice_the_precision_moves_nothing_outside_the_radius(regime: str) -> None:
     random = torch.Generator().manual_seed(11)
     q, k, v = (REGIMES[regime](random, shape) for shape in ((16, 8), (20, 8), (20, 6)))
-    for low, high in ((MpmathArithmetic(30), MpmathArithmetic(60)), (MpmathArithmetic(50), MpmathArithmetic(100))):
+    for low, high in (
+        (MpmathArithmetic(30), MpmathArithmetic(60)),
+        (MpmathArithmetic(50), MpmathArithmetic(100)),
+    ):
         for coarse, fine in zip(
             softmax_attention(low, q, k, v, 0.3), softmax_attention(high, q, k, v, 0.3), strict=True
         ):

@@ -1,4 +1,4 @@
-"""The containment tests can fail: each deliberate fault in an arithmetic is caught by the check that should catch it."""
+"""The containment tests can fail: each deliberate fault in an arithmetic is caught where it should be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from attnproof.properties.arithmetic import ArbArithmetic, Ball, EnclosureArithmetic, MpmathArithmetic
+from attnproof.properties.arithmetic import (
+    ArbArithmetic,
+    Arithmetic,
+    Ball,
+    EnclosureArithmetic,
+    MpmathArithmetic,
+)
 from tests.properties.arithmetic.containment import ball_contains, enclosure_contains
 from tests.properties.arithmetic.regimes import OPERATIONS, arguments, softmax_attention
 from tests.properties.arithmetic.test_containment import edge_ball, shape_of
@@ -38,7 +44,7 @@ def radius_times(factor: float) -> Callable[[Callable[..., Ball]], Callable[...,
 
 
 def arguments_taken_exactly(operation: Callable[..., Ball]) -> Callable[..., Ball]:
-    """The fault of an operation that bounds its own rounding only and forgets what its arguments bring along."""
+    """The fault of an operation that bounds its own rounding only and forgets its arguments' radii."""
 
     def forgetful(*args: Any) -> Ball:
         return operation(*[Ball(a.value) if isinstance(a, Ball) else a for a in args])
@@ -69,7 +75,7 @@ def test_a_forgotten_rounding_is_caught(operation: str) -> None:
 
 @pytest.mark.parametrize("operation", ["add", "sub", "mul", "div", "scaled"])
 def test_a_quarter_of_the_radius_is_caught(operation: str) -> None:
-    """The rounding bound is 2u·|v| where u·|v| is attained: half of it would still hold, a quarter must not."""
+    """The rounding bound is 2u·|v| where u·|v| is attained: half would still hold, a quarter must not."""
     assert not exact_arguments_hold(Sabotaged(operation, radius_times(0.25)), operation)
 
 
@@ -123,6 +129,7 @@ def test_an_inexact_input_is_caught() -> None:
     """An input that passes through float32 is no longer the number that was stored."""
     (inputs,) = arguments("exp", "normal", shape_of("exp"), seed=5)
     exact = MpmathArithmetic(50)
-    for balls in (ArbArithmetic(64), EnclosureArithmetic()):
-        through = balls.enclosure(balls.exact(inputs.to(torch.float32)))  # type: ignore[attr-defined]
+    arithmetics: list[Arithmetic[Any]] = [ArbArithmetic(64), EnclosureArithmetic()]
+    for balls in arithmetics:
+        through = balls.enclosure(balls.exact(inputs.to(torch.float32)))
         assert not bool(enclosure_contains(through, exact.exact(inputs)).all())

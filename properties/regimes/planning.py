@@ -1,0 +1,310 @@
+"""The cases that a run goes through by default, and an endless supply of further ones.
+
+Regimes, dtypes, options, views and sizes cannot all be crossed. A plan holds every regime in every dtype, every option
+alone, every two options together, every option with every view and dtype, and every size class; what else a case has
+is drawn at random.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar, overload
+
+from attnproof.properties.case import OPTIONS, Case
+from attnproof.properties.contract import Supports
+from attnproof.properties.regimes import REGIMES
+from attnproof.properties.regimes.regime import Regime
+from attnproof.properties.views import VIEWS, unit_last_stride
+
+__all__ = ["SIZES", "WIDTHS", "plan"]
+
+SIZES: dict[str, tuple[int, ...]] = {
+    "empty": (0,),
+    "one": (1,),
+    "two": (2,),
+    "below-tile": (15, 31, 63, 127),
+    "tile": (16, 32, 64, 128),
+    "above-tile": (17, 33, 65, 129),
+    "prime": (7, 53, 101, 197),
+    "long": (512, 1000),
+}
+"""Lengths (M, N) by class; kernels are most often wrong at and beside multiples of a tile."""
+
+GROUPS = (1, 2, 7)
+"""Query heads per key/value head; 7 is no power of two (bug B18)."""
+
+WIDTHS = ((64, 64), (16, 16), (128, 128), (40, 40), (64, 32), (5, 1), (72, 72), (1, 5), (32, 32), (256, 64), (64, 256))
+"""(D, E) in the order in which they are tried."""
+
+RELATIONS = ("square", "fewer-queries", "square", "more-queries", "decode")
+
+# A regime whose cases are vacuous, and sizes that leave no choice, are kept below this share of a plan: a verdict
+# needs 80 % of cases that could have shown a defect, and some others turn out vacuous only when they are computed.
+VACUOUS_SHARE = 0.12
+_DEGENERATE_SHARE = 1 / 12
+_MOST_WORK = 2**24  # B·H·M·N·(D + E): a few milliseconds of float64
+_CANDIDATES = 24
+
+T = TypeVar("T")
+Requirement = tuple[str, ...]
+
+
+@overload
+def plan(
+    family: str,
+    *,
+    dtypes: Sequence[str],
+    options: Sequence[str] = ...,
+    supports: Supports = ...,
+    budget: int,
+    seed: int = ...,
+    causal_alignment: str = ...,
+    thorough: Literal[False] = ...,
+) -> list[Case]: ...
+@overload
+def plan(
+    family: str,
+    *,
+    dtypes: Sequence[str],
+    options: Sequence[str] = ...,
+    supports: Supports = ...,
+    budget: int,
+    seed: int = ...,
+    causal_alignment: str = ...,
+    thorough: Literal[True],
+) -> Iterator[Case]: ...
+def plan(
+    family: str,
+    *,
+    dtypes: Sequence[str],
+    options: Sequence[str] = (),
+    supports: Supports = Supports(),  # noqa: B008  (immutable)
+    budget: int,
+    seed: int = 0,
+    causal_alignment: str = "bottom-right",
+    thorough: bool = False,
+) -> list[Case] | Iterator[Case]:
+    """Cases for a kernel of ``family``: degenerate sizes first, then every regime, then the rest of the coverage.
+
+    Args:
+        family: a family with regimes.
+        dtypes: names of dtypes, of which each regime is tried in all that it has values for.
+        options: the keywords that the kernel supports; others of the contract that are no option here are ignored.
+        supports: sizes and strides that the kernel accepts.
+        budget: number of cases (about 150 hold all that a softmax kernel with all options in three dtypes needs);
+            a smaller plan is the beginning of a larger one's coverage, not of its list.
+        seed: other seeds give other values and other random parts.
+        causal_alignment: the kernel's declaration, which decides what causal cases mean.
+        thorough: after the plan, an endless stream of random and larger cases, as an iterator.
+
+    Raises:
+        ValueError: for a family without regimes.
+    """
+    regimes = [r for r in REGIMES.values() if family in r.families and r.available]
+    if not regimes:
+        raise ValueError(f"family={family!r}: no regime of inputs is defined for it")
+    known = [name for name in OPTIONS[family] if name in options]
+    planner = _Planner(family, list(dtypes), known, supports, seed, causal_alignment, regimes)
+    cases = planner.default(budget)
+    return itertools.chain(cases, planner.endless()) if thorough else cases
+
+
+class _Planner:
+    """The state of one plan: what is still to be covered, and how often each value was used."""
+
+    def __init__(
+        self,
+        family: str,
+        dtypes: list[str],
+        options: list[str],
+        supports: Supports,
+        seed: int,
+        causal_alignment: str,
+        regimes: list[Regime],
+    ) -> None:
+        self.family, self.dtypes, self.options, self.supports = family, dtypes, options, supports
+        self.seed, self.causal_alignment, self.regimes = seed, causal_alignment, regimes
+        self.random = random.Random(f"plan {seed}")  # noqa: S311  (not for secrets)
+        self.views = [v for v in VIEWS if not supports.last_stride_one or unit_last_stride(v, self._axes)]
+        self.made = 0
+        self.turns: dict[str, int] = {}
+        self.open: set[Requirement] = self._requirements()
+
+    @property
+    def _axes(self) -> int:
+        return 4 if self.family == "softmax" else 2
+
+    def _requirements(self) -> set[Requirement]:
+        options = self.options
+        found: set[Requirement] = {("alone", option) for option in options}
+        found |= {tuple(sorted(pair)) for pair in itertools.combinations(options, 2)}
+        found |= {(option, part) for option in options for part in (*self.views, *self.dtypes)}
+        found |= {(view, dtype) for view in self.views for dtype in self.dtypes}
+        return found
+
+    def default(self, budget: int) -> list[Case]:
+        """The plan of ``budget`` cases."""
+        cases = self._degenerate()[: max(2, int(budget * _DEGENERATE_SHARE))]
+        rounds = range(len(self.dtypes))
+        jobs = [
+            (regime, self.dtypes[(index + turn) % len(self.dtypes)])
+            for turn in rounds
+            for index, regime in enumerate(self.regimes)
+        ]
+        jobs = [(r, d) for r, d in jobs if d in r.dtypes and (not r.needs or set(r.needs) & set(self.options))]
+        vacuous = len(cases)
+        waiting: list[tuple[Regime, str]] = []
+        substance = itertools.cycle([r for r in self.regimes if not r.vacuous and not r.needs])
+        turn = itertools.cycle(self.dtypes)
+        while len(cases) < budget:
+            due = waiting and vacuous + 1 <= VACUOUS_SHARE * (len(cases) + 1)
+            if due:
+                regime, dtype = waiting.pop(0)
+            elif jobs:
+                regime, dtype = jobs.pop(0)
+                if regime.vacuous:
+                    waiting.append((regime, dtype))
+                    continue
+            else:
+                regime, dtype = next(substance), next(turn)
+                if dtype not in regime.dtypes:
+                    continue
+            vacuous += regime.vacuous
+            cases.append(self._case(regime, dtype))
+        return cases[:budget]
+
+    def endless(self) -> Iterator[Case]:
+        """Random cases without end, up to four times the work of the plan's."""
+        regimes = [r for r in self.regimes if not r.needs or set(r.needs) & set(self.options)]
+        while True:
+            regime = self._pick(regimes)
+            usable = [d for d in self.dtypes if d in regime.dtypes]
+            if usable and (not regime.vacuous or self.random.random() < VACUOUS_SHARE):
+                yield self._case(regime, self._pick(usable), larger=True)
+
+    def _case(self, regime: Regime, dtype: str, *, larger: bool = False) -> Case:
+        chosen, view = self._choose(regime, dtype)
+        self.open -= _covered(chosen, view, dtype)
+        sizes = self._sizes(regime, chosen, larger)
+        return self._make(dtype, sizes, regime.name, self._values(chosen, sizes), view)
+
+    def _make(
+        self, dtype: str, sizes: dict[str, int], regime: str = "normal", options: Any = (), view: str = "contiguous"
+    ) -> Case:
+        self.made += 1
+        return Case(self.family, dtype, sizes, regime, options, view, self.seed * 100_000 + self.made)  # type: ignore[arg-type]
+
+    def _choose(self, regime: Regime, dtype: str) -> tuple[tuple[str, ...], str]:
+        """Options and view that cover most of what is open, among random candidates and those that an open pair asks for."""
+        allowed = [o for o in self.options if o not in regime.excludes]
+        needed = [o for o in allowed if o in regime.needs]
+        candidates = []
+        for wanted in [*sorted(self.open)[:: max(1, len(self.open) // _CANDIDATES)], *[()] * (_CANDIDATES // 2)]:
+            parts = [o for o in wanted if o in allowed] or self._subset(allowed)
+            if needed and not set(parts) & set(needed):
+                parts.append(self._pick(needed))
+            view = next((part for part in wanted if part in self.views), None) or self._turn("view", self.views)
+            candidates.append((tuple(sorted(set(parts))), view))
+        return max(candidates, key=lambda c: len(_covered(*c, dtype) & self.open) - 0.5 * max(0, len(c[0]) - 2))
+
+    def _subset(self, allowed: list[str]) -> list[str]:
+        """None, one, two or three of the options."""
+        shuffled = sorted(allowed, key=lambda _: self.random.random())
+        return shuffled[: int(4 * self.random.random())]
+
+    def _values(self, chosen: tuple[str, ...], sizes: dict[str, int]) -> dict[str, Any]:
+        """A value for each chosen option, in turn."""
+        length = sizes.get("N", 0)
+        windows = ((3, None), (length // 4 + 1, 0), (2, 5), (None, 1), (0, 2), (length, length))
+        third = length // 3
+        packings = ((third, 0, length - third), (1, third, length - 1 - third) if length else (0,), (length,))
+        patterns = ("bhmn", "b11n", "11mn", "1hmn", "b1mn", "1h1n", "bh1n", "1111")
+        values = {
+            "window": lambda: self._turn("window", windows),
+            "softcap": lambda: self._turn("softcap", (2.0, 30.0)),
+            "bias": lambda: self._turn("bias", patterns[:-1] if chosen else patterns),
+            "cu_seqlens": lambda: self._turn("cu_seqlens", packings),
+        }
+        result: dict[str, Any] = {name: values[name]() if name in values else True for name in chosen}
+        if self.causal_alignment == "top-left" and "causal" in chosen:
+            result["causal_alignment"] = "top-left"
+        return result
+
+    def _sizes(self, regime: Regime, chosen: tuple[str, ...], larger: bool) -> dict[str, int]:
+        classes = ("tile", "above-tile", "below-tile", "prime", "two", "tile", "above-tile", "below-tile", "prime")
+        name = self._turn("class", (*classes, *classes, "long"))
+        length = self._rounded(self._turn(name, SIZES[name]) * (self._pick((1, 1, 2, 3)) if larger else 1))
+        work = _MOST_WORK * (4 if larger else 1)
+        if self.family != "softmax":
+            rows = self._turn("rows", (5, 1, 16, 33, 8))
+            return {"R": max(1, min(rows, work // (64 * max(1, length)))), "N": length}
+        width, value = self._width(regime)
+        group = self._turn("group", (1, 2, 1, 7, 2))
+        batch = 1 if "cu_seqlens" in chosen or group == 7 else self._turn("batch", (2, 1, 3))
+        heads = group * (1 if group == 7 else self._turn("kv heads", (1, 2)))
+        relation = "square" if "cu_seqlens" in chosen else self._turn("relation", RELATIONS)
+        rows = {
+            "square": length,
+            "fewer-queries": length // 3 + 1,
+            "more-queries": length + length // 2 + 1,
+            "decode": 1,
+        }[relation]
+        while batch * heads * rows * length * (width + value) > work and (batch > 1 or heads > group):
+            batch, heads = (batch - 1, heads) if batch > 1 else (batch, heads - group)
+        if batch * heads * rows * length * (width + value) > work and "cu_seqlens" not in chosen:
+            rows = max(1, work // (batch * heads * length * (width + value)))
+        return {"B": batch, "H": heads, "G": heads // group, "M": rows, "N": length, "D": width, "E": value}
+
+    def _width(self, regime: Regime) -> tuple[int, int]:
+        if regime.regime_class == "real" and self._accepts(32):
+            return 32, 32
+        widths = [pair for pair in WIDTHS if all(map(self._accepts, pair))]
+        if self.supports.head_dims:
+            widths = [(d, d) for d in self.supports.head_dims if self._accepts(d)]
+        return self._turn("width", widths or [(self.supports.max_head_dim or 1,) * 2])
+
+    def _accepts(self, width: int) -> bool:
+        most, only = self.supports.max_head_dim, self.supports.head_dims
+        return (most is None or width <= most) and (only is None or width in only)
+
+    def _rounded(self, length: int) -> int:
+        multiple = self.supports.multiple_of
+        return -(-length // multiple) * multiple
+
+    def _degenerate(self) -> list[Case]:
+        """Sizes 0 and 1, smallest first, and rows that see no key; each in the next dtype."""
+        one = self._rounded(1)
+        if self.family != "softmax":
+            shapes = [{"R": r, "N": n} for r, n in ((1, one), (2, 0), (0, 3), (3, one), (1, 2))]
+        else:
+            width, value = self._width(REGIMES["normal"])
+            rest = {"H": 2, "G": 1, "D": width, "E": value}
+            lengths = ((1, 1, one), (1, 3, 0), (1, 0, 2), (0, 2, 2), (2, 3, one), (1, 1, 2))
+            shapes = [{"B": b, **rest, "M": m, "N": n} for b, m, n in lengths]
+        shapes = [{**shape, "N": self._rounded(shape["N"])} for shape in shapes]
+        if self.supports.nonempty:
+            shapes = [shape for shape in shapes if all(shape.values())]
+        cases = [self._make(self._turn("first dtype", self.dtypes), shape) for shape in shapes]
+        if "causal" in self.options:
+            wide = {"B": 1, **rest, "M": self._rounded(8) + 5, "N": self._rounded(8)}
+            options = self._values(("causal",), wide)
+            cases.insert(1, self._make(self._turn("first dtype", self.dtypes), wide, options=options))
+        return cases
+
+    def _turn(self, name: str, values: Sequence[T]) -> T:
+        """The next of ``values``, in turn, for the purpose ``name``."""
+        turn = self.turns.get(name, 0)
+        self.turns[name] = turn + 1
+        return values[turn % len(values)]
+
+    def _pick(self, values: Sequence[T]) -> T:
+        return values[int(self.random.random() * len(values))]
+
+
+def _covered(chosen: tuple[str, ...], view: str, dtype: str) -> set[Requirement]:
+    """The requirements that a case with these options fulfils."""
+    found: set[Requirement] = {tuple(sorted(pair)) for pair in itertools.combinations(chosen, 2)}
+    found |= {(option, part) for option in chosen for part in (view, dtype)} | {(view, dtype)}
+    return found | ({("alone", chosen[0])} if len(chosen) == 1 else set())

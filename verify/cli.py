@@ -1,0 +1,222 @@
+"""The command line. Exit codes: 0 PASS, 1 FAIL or DRIFT, 2 usage, 3 UNVERIFIED."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from attnproof.reports.record import CaseJudged, Event, KernelJudged, KernelStarted, RecordError, RunFinished
+
+__all__ = ["app", "main"]
+
+USAGE = 2
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prove an attention kernel right, or show the smallest input on which it is wrong.",
+)
+
+Handler = Callable[[Event], None]
+DEFAULT_PAGE = Path("reports/out/index.html")
+
+
+class UsageError(ValueError):
+    """An argument that cannot be used; printed as one line, exit code 2."""
+
+
+def main() -> None:
+    """Entry point: errors in the arguments are one line on stderr and exit code 2."""
+    from attnproof.properties.case import CaseError
+    from attnproof.properties.contract import ContractError
+    from attnproof.targets import TargetError
+
+    try:
+        app()
+    except (UsageError, ContractError, CaseError, TargetError, RecordError) as error:
+        print(f"attnproof: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        print("attnproof: interrupted; the record holds every case judged so far", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps subcommands subcommands while there are few."""
+
+
+@app.command()
+def verify(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Kernels as package.module:attribute; the suite's own if none are given.")
+    ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only these families; with TARGETS, their family.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Comma-separated, such as float16,bfloat16.")] = None,
+    options: Annotated[str | None, typer.Option(help="Options that TARGETS support, comma-separated.")] = None,
+    declare: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the contract, for TARGETS.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE of the precision, for TARGETS.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, emulator:sm_90, …; the GPU if there is one.")] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Larger and random cases, for --time seconds.")] = False,
+    time_limit: Annotated[float | None, typer.Option("--time", help="Seconds after which no case is begun.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Cases for each kernel.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the record (JSON lines) here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help=f"Write the report here; by default {DEFAULT_PAGE}.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
+    sarif: Annotated[Path | None, typer.Option("--sarif", help="Write SARIF here.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all inputs.", min=0)] = 0,
+    jobs: Annotated[int, typer.Option(help="Judge processes.", min=1)] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds that one call may take.", min=0.1)] = 60.0,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Judge kernels over regimes, dtypes, sizes and options; leave a record and an HTML report."""
+    from attnproof.campaign import Campaign, Limits
+    from attnproof.planning import default_plan, findings, target_subjects
+
+    chosen = target_subjects(
+        targets or [], family or [], _split(dtypes), _split(options), _pairs(declare), _pairs(precision), device, timeout
+    )
+    plan = default_plan(chosen, seed=seed, thorough=thorough, examples=examples, dtypes=_split(dtypes))
+    page = html or DEFAULT_PAGE
+    record = json or page.with_suffix(".jsonl")
+    for path in (page, record, junit, sarif):
+        if path is not None:
+            _writable(path)
+    campaign = Campaign(
+        plan=plan,
+        command="attnproof " + " ".join(sys.argv[1:]),
+        seed=seed,
+        findings=[] if targets else findings(),
+        jobs=jobs,
+        limits=Limits(timeout=timeout),
+        seconds=time_limit or (3600.0 if thorough else None),
+    )
+    finished = _run(campaign.run(), record, sum(len(cases) for _, cases in plan), progress)
+    _render(record, page, junit, sarif)
+    Console().print(f"report {page}   record {record}")
+    raise typer.Exit(finished.exit_code)
+
+
+@app.command()
+def report(
+    records: Annotated[list[Path], typer.Argument(help="Records (JSON lines) of earlier runs.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write an HTML report here.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
+    sarif: Annotated[Path | None, typer.Option("--sarif", help="Write SARIF here.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of kernels as Markdown.")] = False,
+) -> None:
+    """Render records again: HTML, Markdown, JUnit, SARIF."""
+    from attnproof.reports import markdown as markdown_report
+    from attnproof.reports.record import read_record
+
+    events: list[Event] = []
+    for path in records:
+        if not path.is_file():
+            raise UsageError(f"record {path}: no such file")
+        events += read_record(path)
+    if html or junit or sarif:
+        _render_events(events, html, junit, sarif)
+    if markdown or not (html or junit or sarif):
+        print(markdown_report.render(events))
+
+
+def _run(events: Iterator[Event], record: Path, planned: int, progress: bool) -> RunFinished:
+    """Write every event to the record as it comes, show progress, and print the table of kernels."""
+    from attnproof.reports.record import RecordWriter
+
+    last: Event | None = None
+    console = Console()
+    rows: list[KernelJudged] = []
+    examples: set[str] = set()
+    with RecordWriter(record) as writer, _progress_bar(console, planned, progress) as advance:
+        for event in events:
+            writer.write(event)
+            last = event
+            if isinstance(event, CaseJudged):
+                advance(event)
+            elif isinstance(event, KernelStarted) and event.example:
+                examples.add(event.kernel)
+            elif isinstance(event, KernelJudged):
+                rows.append(event)
+    if not isinstance(last, RunFinished):
+        raise UsageError("the run ended without a verdict")
+    console.print(_table(rows, examples))
+    colour = {"PASS": "green", "FAIL": "red"}.get(last.verdict, "yellow")
+    console.print(f"[bold {colour}]{last.verdict}[/] in {last.seconds:.0f} s" + (f": {last.reason}" if last.reason else ""))
+    return last
+
+
+@contextlib.contextmanager
+def _progress_bar(console: Console, planned: int, shown: bool) -> Iterator[Callable[[CaseJudged], None]]:
+    if not shown:
+        yield lambda event: None
+        return
+    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting workers", total=planned)
+
+        def advance(event: CaseJudged) -> None:
+            bar.update(task, advance=1, description=f"{event.kernel} {event.case.regime}"[:36])
+
+        yield advance
+
+
+def _table(rows: list[KernelJudged], examples: set[str]) -> Table:
+    table = Table("kernel", "verdict", "as listed", "cases", "failed", "vacuous", "declined", "unverified", "seconds")
+    for row in rows:
+        name = f"{row.kernel} (example)" if row.kernel in examples else row.kernel
+        counts = (row.cases, row.failed, row.vacuous, row.declined, row.unverified)
+        listed = "yes" if row.as_expected else "NO"
+        table.add_row(name, row.verdict, listed, *map(str, counts), f"{row.seconds:.1f}")
+    return table
+
+
+def _render(record: Path, html: Path | None, junit: Path | None, sarif: Path | None) -> None:
+    from attnproof.reports.record import read_record
+
+    _render_events(list(read_record(record)), html, junit, sarif)
+
+
+def _render_events(events: list[Event], html: Path | None, junit: Path | None, sarif: Path | None) -> None:
+    from attnproof.reports import html as html_report
+    from attnproof.reports import junit as junit_report
+    from attnproof.reports import sarif as sarif_report
+
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html_report.render(events, html)
+    if junit is not None:
+        junit.write_text(junit_report.render(events))
+    if sarif is not None:
+        sarif.write_text(sarif_report.render(events))
+
+
+def _writable(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: its folder cannot be made ({error.strerror})") from None
+
+
+def _split(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _pairs(items: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise UsageError(f"{item!r}: expected KEY=VALUE")
+        pairs[key] = value
+    return pairs

@@ -1,0 +1,117 @@
+"""One launch: arguments bound to the kernel's IR, the grid cut into batches that fit in memory and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnproof.emulator import (  # noqa: F401  (importing these registers their operations)
+    ops_arith,
+    ops_atomic,
+    ops_control,
+    ops_descriptor,
+    ops_dot,
+    ops_foreign,
+    ops_math,
+    ops_memory,
+    ops_reduce,
+    ops_shape,
+)
+from attnproof.emulator.errors import EmulationError
+from attnproof.emulator.lowering import Lowering
+from attnproof.emulator.machine import Context, FunctionCode, Settings, run_region
+from attnproof.emulator.memory import AddressSpace
+from attnproof.emulator.syntax import Function, parse
+from attnproof.emulator.types import Type
+from attnproof.emulator.values import Pointer, Value
+
+# Live values of one batch are kept to about this many bytes: larger batches leave the caches and gain nothing
+# (measured with tests/benchmarks/test_emulator_speed.py: 8 MiB 1.0, 2 MiB 1.1, 64 MiB 1.3 times the time).
+_BATCH_BYTES = 8 << 20
+
+
+@lru_cache(maxsize=512)
+def lower_kernel(ttir: str, name: str) -> FunctionCode:
+    """Parse and lower a kernel's TTIR; cached, so that a repeated launch pays nothing.
+
+    Raises EmulationError for operations that the emulator does not execute.
+    """
+    functions = {function.name: function for function in parse(ttir)}
+    return Lowering(entry_point(functions, name), functions, {}, name).lower()
+
+
+def entry_point(functions: dict[str, Function], name: str) -> Function:
+    """The public function of a module."""
+    if name in functions:
+        return functions[name]
+    public = [function for function in functions.values() if function.public]
+    if len(public) != 1:
+        raise EmulationError(f"the TTIR of {name} has {len(public)} public functions, one was expected")
+    return public[0]
+
+
+def scalar(value: Any, kind: Type) -> Tensor:
+    """A Python number as a program-independent scalar of an IR type."""
+    if kind.is_float:
+        return torch.tensor([float(value)], dtype=torch.float64).to(kind.dtype)
+    whole = int(value)
+    if kind.element == "i1":
+        return torch.tensor([bool(whole)])
+    bits = kind.bits
+    whole &= (1 << bits) - 1
+    return torch.tensor([whole - (1 << bits) if whole >= 1 << (bits - 1) else whole], dtype=kind.dtype)
+
+
+def launch(code: FunctionCode, grid: tuple[int, int, int], arguments: Sequence[Any], settings: Settings) -> None:
+    """Execute a kernel over a grid.
+
+    `arguments` are those that survive in the IR (no constexprs), in its order: CPU tensors for pointers, numbers for
+    scalars. Raises MemoryFault, RaceFault, EmulationError.
+    """
+    programs = grid[0] * grid[1] * grid[2]
+    if programs <= 0:
+        return
+    memory = AddressSpace()
+    values = bind(code, arguments, memory)
+    batch = max(1, min(programs, min(_BATCH_BYTES, settings.memory_limit) // max(code.peak_bytes, 1)))
+    # A poisoning mode of the caller must not see the executor's own tensors.
+    with torch.inference_mode(), torch._C.DisableTorchFunction():
+        for start in range(0, programs, batch):
+            stop = min(start + batch, programs)
+            context = Context(torch.arange(start, stop), grid, memory, code.name, settings)
+            run_region(code.body, context, code.template.copy(), list(values))
+
+
+def bind(code: FunctionCode, arguments: Sequence[Any], memory: AddressSpace) -> list[Value]:
+    """The kernel's arguments as values; tensors are entered into the address space."""
+    kinds = [kind for kind in code.argument_types if isinstance(kind, Type)]
+    if len(kinds) != len(arguments):
+        raise EmulationError(
+            f"kernel {code.name} takes {len(kinds)} run-time arguments ({', '.join(code.argument_names)}), "
+            f"the launch passes {len(arguments)}"
+        )
+    values: list[Value] = []
+    for name, kind, argument in zip(code.argument_names, kinds, arguments, strict=True):
+        values.append(_pointer(code, name, argument, memory) if kind.is_pointer else scalar(argument, kind))
+    return values
+
+
+def _pointer(code: FunctionCode, name: str, argument: Any, memory: AddressSpace) -> Pointer:
+    if argument is None:
+        return Pointer((torch.zeros(1, dtype=torch.int64),), 16)
+    if isinstance(argument, int):
+        return Pointer((torch.tensor([argument]),), 1)
+    # triton.reinterpret wraps a tensor to give it another element type.
+    tensor = argument if isinstance(argument, Tensor) else getattr(argument, "base", argument)
+    if not isinstance(tensor, Tensor):
+        raise EmulationError(f"argument {name!r} of kernel {code.name} must be a torch tensor, got {type(argument).__name__}")
+    if tensor.device.type != "cpu":
+        raise EmulationError(
+            f"argument {name!r} of kernel {code.name} is on {tensor.device}: the emulator runs on CPU tensors. "
+            "Move it with .cpu(), or launch outside emulate()"
+        )
+    return memory.add(name, tensor)

@@ -1,0 +1,62 @@
+"""math.*, tt.dot and friends: correctly rounded where torch is, else within an ulp of float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnproof.emulator.lowering import Lowering, Run, prepares
+from attnproof.emulator.numerics import fused_multiply_add
+from attnproof.emulator.syntax import Op
+
+Unary = Callable[[Tensor], Tensor]
+
+UNARY: dict[str, Unary] = {
+    "math.exp": torch.exp,
+    "math.exp2": torch.exp2,
+    "math.expm1": torch.expm1,
+    "math.log": torch.log,
+    "math.log2": torch.log2,
+    "math.log10": torch.log10,
+    "math.log1p": torch.log1p,
+    "math.sqrt": torch.sqrt,
+    "math.rsqrt": torch.rsqrt,
+    "math.tanh": torch.tanh,
+    "math.sin": torch.sin,
+    "math.cos": torch.cos,
+    "math.erf": torch.erf,
+    "math.absf": torch.abs,
+    "math.absi": torch.abs,
+    "math.floor": torch.floor,
+    "math.ceil": torch.ceil,
+    "math.trunc": torch.trunc,
+    "math.roundeven": torch.round,
+    "tt.precise_sqrt": torch.sqrt,
+}
+
+
+def _register_unary(name: str, f: Unary) -> None:
+    @prepares(name)
+    def prepare(op: Op, low: Lowering) -> Run:
+        return lambda _, a: f(a)
+
+
+for _name, _f in UNARY.items():
+    _register_unary(_name, _f)
+
+
+@prepares("math.fma")
+def _fma(op: Op, low: Lowering) -> Run:
+    return lambda _, a, b, c: fused_multiply_add(a, b, c)
+
+
+@prepares("math.copysign")
+def _copysign(op: Op, low: Lowering) -> Run:
+    return lambda _, a, b: torch.copysign(a, b)
+
+
+@prepares("math.powf")
+def _powf(op: Op, low: Lowering) -> Run:
+    return lambda _, a, b: torch.pow(a, b)

@@ -1,0 +1,216 @@
+"""The Python face of the judge: one case, or a planned set of cases, with results that print themselves."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnproof.campaign import Campaign, Limits, judge_kernel
+from attnproof.properties.case import Case, CaseError
+from attnproof.properties.contract import DTYPES, Contract, ContractError, contract_of
+from attnproof.properties.families import family_of
+from attnproof.properties.regimes import plan
+from attnproof.reports.record import CaseJudged, Failure
+from attnproof.suite import default_device
+from attnproof.targets import Importable, describe, resolve
+from attnproof.trials import Subject, judge_case
+from attnproof.workers import WorkerPool
+
+__all__ = ["CheckResult", "VerifyResult", "check", "make_subject", "verify"]
+
+Kernel = Callable[..., Any] | str
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The verdict on one case.
+
+    Attributes:
+        verdict: "PASS", "FAIL", "UNVERIFIED" or "DECLINED".
+        failures: what is wrong, each with a reason in words; vacuous: why the case could not have told a wrong kernel.
+        event: all that was measured.
+    """
+
+    verdict: str
+    failures: tuple[Failure, ...]
+    vacuous: tuple[str, ...]
+    event: CaseJudged
+
+    def __bool__(self) -> bool:
+        """Whether the verdict is PASS, so that ``assert check(...)`` states a test."""
+        return self.verdict == "PASS"
+
+    def __str__(self) -> str:
+        lines = [f"{self.verdict}  {self.event.case.id}"]
+        lines += [f"  {failure.rule}: {failure.reason}" for failure in self.failures]
+        for name, numbers in self.event.outputs.items():
+            lines.append(
+                f"  {name}: worst error/certain {numbers.worst_certain:.3g}, rms error/probable {numbers.rms_probable:.3g}"
+            )
+        lines += [f"  vacuous: {reason}" for reason in self.vacuous]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The verdict on a kernel over a planned set of cases.
+
+    Attributes:
+        verdict: "PASS", "FAIL" or "UNVERIFIED", with ``reason`` in words.
+        results: one for each case; failures: those of all cases.
+    """
+
+    verdict: str
+    reason: str
+    results: tuple[CheckResult, ...]
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The failures of all cases, in order."""
+        return tuple(failure for result in self.results for failure in result.failures if result.verdict == "FAIL")
+
+    def __bool__(self) -> bool:
+        return self.verdict == "PASS"
+
+    def __str__(self) -> str:
+        bad = [str(result) for result in self.results if result.verdict in ("FAIL", "UNVERIFIED")]
+        return "\n".join([f"{self.verdict}: {len(self.results)} cases; {self.reason or 'nothing failed'}", *bad[:5]])
+
+    __repr__ = __str__
+
+
+def check(
+    fn: Kernel,
+    case: Case | str,
+    *,
+    contract: Contract | None = None,
+    device: str | None = None,
+    isolation: str = "process",
+    **declare: Any,
+) -> CheckResult:
+    """Judge one case of a kernel.
+
+    Args:
+        fn: the kernel: a callable, or "package.module:attribute".
+        case: a :class:`Case` or its text.
+        contract: what the kernel declares; by default the contract attached to it, else one that supports every
+            option of the case and promises the contract's defaults.
+        device: "cpu", "cuda" or "emulator:sm_80" …; by default the GPU if there is one, else "emulator:sm_90" (in
+            which ordinary torch code runs as well).
+        isolation: "process", or "none" to run the kernel inside this process for debugging.
+        declare: further declarations, as in the contract ("layout", "empty_row", "precision" as a table, …).
+
+    Raises:
+        ContractError, CaseError, TargetError: the arguments, not the kernel, are wrong.
+    """
+    case = Case.parse(case) if isinstance(case, str) else case
+    if not isinstance(case, Case):
+        raise CaseError(f"case is a {type(case).__name__}; expected an attnproof.Case or its text")
+    options = tuple(name for name, _ in case.options if name != "causal_alignment")
+    subject = make_subject(fn, case.family, (case.dtype,), options, contract, device, declare)
+    if isolation not in ("process", "none"):
+        raise ContractError(f"isolation={isolation!r}: expected 'process' or 'none'")
+    event = judge_case(subject, case, _pool(isolation).call)
+    return CheckResult(event.verdict, event.failures, event.vacuous, event)
+
+
+def verify(
+    fn: Kernel,
+    family: str,
+    *,
+    dtypes: Iterable[str] | None = None,
+    options: Iterable[str] | None = None,
+    contract: Contract | None = None,
+    device: str | None = None,
+    examples: int = 120,
+    seed: int = 0,
+    jobs: int = 2,
+    timeout: float = 60.0,
+    **declare: Any,
+) -> VerifyResult:
+    """Judge a kernel over a planned set of cases: every regime, dtype, size class and pair of options.
+
+    Args:
+        fn: the kernel: a callable, or "package.module:attribute".
+        family: a family of the contract.
+        dtypes, options: what to try; by default what the contract attached to the kernel lists.
+        contract, device, declare: as for :func:`check`.
+        examples: number of cases; seed: of their inputs; jobs: judge processes; timeout: seconds a call.
+
+    Raises:
+        ContractError, TargetError: the arguments, not the kernel, are wrong.
+    """
+    subject = make_subject(fn, family, dtypes, options, contract, device, declare)
+    if not isinstance(examples, int) or examples < 1:
+        raise ContractError(f"examples={examples!r}: expected a positive number of cases")
+    chosen = subject.contract
+    cases = plan(
+        family, dtypes=chosen.dtypes, options=chosen.options, supports=chosen.supports, budget=examples, seed=seed
+    )
+    campaign = Campaign([(subject, cases)], "attnproof.verify", seed=seed, jobs=jobs, limits=Limits(timeout))
+    events = [event for event in campaign.run() if isinstance(event, CaseJudged)]
+    results = tuple(CheckResult(e.verdict, e.failures, e.vacuous, e) for e in events)
+    verdict = judge_kernel(subject, events)
+    return VerifyResult(verdict.verdict, verdict.reason, results)
+
+
+def make_subject(
+    fn: Kernel,
+    family: str,
+    dtypes: Iterable[str] | None,
+    options: Iterable[str] | None,
+    contract: Contract | None,
+    device: str | None,
+    declare: Mapping[str, Any],
+) -> Subject:
+    """A kernel under the contract that its arguments describe.
+
+    Raises:
+        ContractError: a family, dtype, option or declaration that the contract does not know.
+    """
+    definition = family_of(family)
+    if contract is None:
+        attached = None if isinstance(fn, str) else contract_of(fn)
+        attached = _contract_of_target(fn) if isinstance(fn, str) and fn.startswith("attnproof.") else attached
+        contract = attached or Contract(family)
+    if contract.family != family:
+        raise ContractError(f"family={family!r}, but the kernel's contract says {contract.family!r}")
+    if dtypes is not None:
+        contract = replace(contract, dtypes=_names("dtypes", dtypes, DTYPES))
+    if options is not None:
+        chosen = _names("options", options, definition.options)
+        keep = tuple(dict.fromkeys((*contract.options, *chosen))) if contract.options else chosen
+        contract = replace(contract, options=keep)
+    if declare:
+        contract = contract.declare(declare)
+    source = describe(fn)
+    name = source.target if isinstance(source, Importable) else source.label
+    return Subject(name, source, contract, device or default_device())
+
+
+def _contract_of_target(target: str) -> Contract | None:
+    """The contract beside one of the suite's own kernels; other people's modules are imported in a worker only."""
+    return contract_of(resolve(target))
+
+
+def _names(argument: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    names = tuple([given] if isinstance(given, str) else given)
+    allowed = tuple(known)
+    for name in names:
+        if name not in allowed:
+            listed = ", ".join(allowed) or "none"
+            raise ContractError(f"{argument}: {name!r} is not among those of the family: {listed}")
+    return names
+
+
+@functools.cache
+def _pool(isolation: str) -> WorkerPool:
+    """One worker for all checks of this process; closed when it ends."""
+    pool = WorkerPool(jobs=1, isolation=isolation)  # type: ignore[arg-type]
+    atexit.register(pool.close)
+    return pool

@@ -1,0 +1,240 @@
+"""The judge: from what a kernel returned to a verdict with its reasons.
+
+Nothing of a kernel's own process is trusted: the judge makes the inputs again from the case, certifies the reference
+to 1/64 of each element's budget and compares. ``FAIL`` is a certain budget exceeded, a probable one exceeded beyond
+the calibrated threshold, a rule of the contract's edges broken, or a call that did not return what the contract says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from attnproof.properties.arithmetic.base import Enclosure
+from attnproof.properties.case import Case, Inputs, make_inputs
+from attnproof.properties.contract import Contract, Precision
+from attnproof.properties.families import family_of
+from attnproof.properties.families.base import Budget, Family, Problem, Reference
+from attnproof.properties.oracle import certify
+from attnproof.properties.regimes import REGIMES
+from attnproof.reports.record import Failure, OutputStatistics
+from attnproof.statistics import Deviation, deviation, thresholds_for
+
+__all__ = ["CERTIFIED_FRACTION", "Judgement", "Trial", "prepare"]
+
+# The reference's radius is at most this fraction of an element's budgets: it moves no ratio by more than 2 %.
+CERTIFIED_FRACTION = 1.0 / 64.0
+
+# Declarations that are tried, weakest assumption first, to name what would explain an error beyond the budget.
+_EXPLANATIONS: tuple[tuple[str, Mapping[str, str | float]], ...] = (
+    ("tf32 matmul inputs (matmul_input=tf32)", {"matmul_input": "tf32"}),
+    ("truncated accumulation (accumulate=truncated)", {"accumulate": "truncated"}),
+    ("an exponential of 2^-9 relative error (exp_ulp=16384)", {"exp_ulp": 16384.0}),
+    ("probabilities stored in bfloat16 (probabilities=bfloat16)", {"probabilities": "bfloat16"}),
+    ("a log-sum-exp stored in the inputs' dtype (lse=…)", {"lse": "input"}),
+    ("scores stored in the inputs' dtype (scores=…)", {"scores": "input"}),
+    ("accumulation in the inputs' dtype (accumulate=…)", {"accumulate": "input"}),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A case made ready to be judged: inputs, certified reference and budgets for one contract."""
+
+    case: Case
+    contract: Contract
+    family: Family
+    inputs: Inputs
+    problem: Problem
+    reference: Reference
+    budgets: Mapping[str, Budget]
+
+    def judge(self, outputs: Mapping[str, torch.Tensor]) -> Judgement:
+        """Compare outputs (by name, in layout bhnd, of the right shapes and dtypes) with the reference."""
+        failures: list[Failure] = []
+        statistics = {}
+        for name, got in outputs.items():
+            budget, exact = self.budgets[name], self.reference.outputs[name]
+            found = deviation(got, exact, budget, len(self.problem.row_shape))
+            failures += self._failures(name, got, found)
+            statistics[name] = self._statistics(name, found)
+        unjudged: dict[str, int] = {}
+        for budget in self.budgets.values():
+            for reason, count in budget.reasons.items():
+                unjudged[reason] = unjudged.get(reason, 0) + count
+        vacuous = tuple(self.problem.vacuity(self.reference.outputs, self.budgets))
+        return Judgement("FAIL" if failures else "PASS", tuple(failures), vacuous, unjudged, statistics)
+
+    @property
+    def regime_class(self) -> str:
+        """The class of the case's regime, for thresholds."""
+        return REGIMES[self.case.regime].regime_class
+
+    def _statistics(self, name: str, found: Deviation) -> OutputStatistics:
+        budget, compared = self.budgets[name], found.compared
+        count = max(int(compared.sum()), 1)
+        rows = found.row_rms
+        gauge = self.problem.gauge(name, self.reference.outputs).clamp(min=1e-300)
+        reach = (budget.certain / gauge).reshape(compared.shape)[compared]
+        return OutputStatistics(
+            elements=compared.numel(),
+            judged=int((~budget.open).sum()),
+            worst_certain=_largest(found.certain),
+            worst_probable=_largest(found.probable.abs()),
+            row_probable=_largest(rows[rows.isfinite()]),
+            rms_probable=float((found.probable.square().sum() / count).sqrt()),
+            bias=float(found.probable.sum() / count),
+            certain_reach=_largest(reach),
+            logit_magnitude=self.logit_magnitude(),
+            arithmetic=dict(self.reference.arithmetic),
+        )
+
+    def logit_magnitude(self) -> float:
+        """Largest |logit| among the finite inputs, before soft cap and bias."""
+        tensors = self.inputs.tensors
+        if "x" in tensors:
+            x = tensors["x"].double()
+            return _largest(x[x.isfinite()].abs())
+        q, k = tensors["q"].double().nan_to_num(0, 0, 0), tensors["k"].double().nan_to_num(0, 0, 0)
+        if not q.numel() or not k.numel():
+            return 0.0
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return float((q @ k.transpose(-1, -2)).abs().max()) * abs(float(self.inputs.options.get("scale", 1.0)))
+
+    def _failures(self, name: str, got: torch.Tensor, found: Deviation) -> list[Failure]:
+        failures = []
+        if found.misplaced.any():
+            index = _first(found.misplaced, got)
+            asked = [v for v, where in self.budgets[name].literal.items() if where[index]][0]
+            failures.append(self._failure("empty-row", name, index, got, None, f"the contract asks for {asked}"))
+        if found.nonfinite.any():
+            index = _first(found.nonfinite, got)
+            expected = "an infinity of the exact result's sign" if self.budgets[name].overflow[index] else "a finite result"
+            failures.append(self._failure("nonfinite", name, index, got, None, f"{expected} is required"))
+        certain = found.certain.reshape(got.shape)
+        if certain.numel() and float(certain.max()) > 1.0:
+            index = _worst(certain)
+            words = f"error is {float(certain[index]):.3g} times what any kernel of the declared precision can make"
+            hint = self._explanation(name, got)
+            count = int((certain > 1.0).sum())
+            more = f"; {count} elements in {int(_rows(certain > 1.0, self.problem).sum())} rows exceed theirs"
+            failures.append(self._failure("certain", name, index, got, float(certain[index]), words + more + hint))
+        return failures or self._improbable(name, got, found)
+
+    def _improbable(self, name: str, got: torch.Tensor, found: Deviation) -> list[Failure]:
+        """Failures against the calibrated thresholds, looked for only where nothing is already proved."""
+        width = found.probable.shape[-1]
+        limits = thresholds_for(self.case.family, name, self.case.dtype, self.regime_class, width)
+        if limits is None or not found.compared.any():
+            return []
+        failures = []
+        rows = found.row_rms.nan_to_num(0.0)
+        worst = float(rows.max())
+        index = _worst(found.probable.abs().reshape(got.shape))
+        if worst > limits.row:
+            row = _worst(rows)
+            inside = _worst(found.probable.abs()[row])
+            index = (*row, *inside)[: got.dim()]
+            words = f"row rms of error/probable is {worst:.3g}, healthy kernels stay below {limits.row:.3g}"
+            failures.append(self._failure("probable-row", name, index, got, worst, words))
+        rms = float((found.probable.square().sum() / found.compared.sum()).sqrt())
+        if rms > limits.output:
+            words = f"rms of error/probable over the output is {rms:.3g}, healthy kernels stay below {limits.output:.3g}"
+            failures.append(self._failure("probable-output", name, index, got, rms, words))
+        truncated = self.contract.precision.resolved(self.case.dtype).accumulate == "truncated"
+        if not truncated and limits.biased(found):
+            mean = float(found.probable.sum() / found.compared.sum())
+            side = "away from" if mean > 0 else "toward"
+            words = f"mean error is {mean:.3g} probable budgets {side} zero, healthy kernels stay below {limits.bias:.3g}"
+            failures.append(self._failure("bias", name, index, got, abs(mean), words))
+        return failures
+
+    def _failure(
+        self, rule: str, name: str, index: tuple[int, ...], got: torch.Tensor, ratio: float | None, words: str
+    ) -> Failure:
+        exact = self.reference.outputs[name]
+        row = index[: len(self.problem.row_shape)]
+        value, radius, returned = float(exact.value[index]), float(exact.radius[index]), float(got[index])
+        place = f"{name}[{', '.join(map(str, index))}]"
+        reason = (
+            f"{place} = {returned:.9g}, expected {value:.9g} ± {radius:.2g}: {words}; "
+            f"{self.problem.explain_row(name, row)}"
+        )
+        return Failure(
+            rule=rule, reason=reason, output=name, index=index, expected=value, radius=radius, got=returned, ratio=ratio
+        )
+
+    def _explanation(self, name: str, got: torch.Tensor) -> str:
+        """The weakest declaration under which the outputs would be within their certain budget, in words."""
+        for words, change in _EXPLANATIONS:
+            table = {key: self.case.dtype if value == "input" else value for key, value in change.items()}
+            precision: Precision = dataclasses.replace(self.contract.precision, **table)  # type: ignore[arg-type]
+            if precision.resolved(self.case.dtype) == self.contract.precision.resolved(self.case.dtype):
+                continue
+            weaker = dataclasses.replace(self.contract, precision=precision)
+            budget = self.problem.budgets(self.reference.outputs, weaker)[name]
+            found = deviation(got, self.reference.outputs[name], budget, len(self.problem.row_shape))
+            if not found.nonfinite.any() and _largest(found.certain) <= 1.0:
+                return f"; consistent with {words}: declare it if intended"
+        return ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one case: "PASS" or "FAIL", with what the record keeps of it."""
+
+    verdict: str
+    failures: tuple[Failure, ...] = ()
+    vacuous: tuple[str, ...] = ()
+    unjudged: Mapping[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, OutputStatistics] = field(default_factory=dict)
+
+
+def prepare(case: Case, contract: Contract) -> Trial:
+    """Make a case's inputs, certify its reference for ``contract`` and compute the budgets.
+
+    Raises:
+        ContractError: the case's regime or options do not fit the contract's family.
+        CertificationError: the reference could not be certified; the verdict is then UNVERIFIED.
+    """
+    family = family_of(case.family)
+    inputs = make_inputs(case)
+    options = dict(inputs.options)
+    if family.name == "softmax":
+        options["causal_alignment"] = contract.causal_alignment
+    problem = family.problem(*inputs.tensors.values(), **options)
+    latest: dict[str, Budget] = {}
+
+    def targets(found: Mapping[str, Enclosure]) -> dict[str, torch.Tensor]:
+        latest.update(problem.budgets(found, contract))
+        asked = {}
+        for name, budget in latest.items():
+            finest = torch.minimum(budget.certain, budget.probable) * CERTIFIED_FRACTION
+            # Where float64 cannot tell an accuracy apart (an exact zero) the smallest subnormal does.
+            finest = finest.nan_to_num(0.0, posinf=torch.inf).clamp(min=2.0**-1000)
+            asked[name] = torch.where(budget.open, torch.inf, finest)
+        return asked
+
+    reference = certify(problem, targets)
+    return Trial(case, contract, family, inputs, problem, reference, dict(latest))
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(tensor.max()) if tensor.numel() else 0.0
+
+
+def _worst(tensor: torch.Tensor) -> tuple[int, ...]:
+    place = torch.unravel_index(tensor.argmax(), tensor.shape)
+    return tuple(int(i) for i in place)
+
+
+def _first(mask: torch.Tensor, got: torch.Tensor) -> tuple[int, ...]:
+    return tuple(mask.reshape(got.shape).nonzero()[0].tolist())
+
+
+def _rows(mask: torch.Tensor, problem: Problem) -> torch.Tensor:
+    rows = len(problem.row_shape)
+    return mask.flatten(rows).any(-1) if mask.dim() > rows else mask

@@ -1,0 +1,125 @@
+"""Which kernels a run judges, and through which cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+from attnproof.interface import make_subject
+from attnproof.outcomes import CallRequest, Raised, Returned
+from attnproof.properties.case import Case
+from attnproof.properties.claims import worked_example
+from attnproof.properties.contract import ContractError
+from attnproof.properties.families import FAMILIES, family_of
+from attnproof.properties.regimes import REGIMES, plan
+from attnproof.reports.record import Finding, Series
+from attnproof.suite import subjects
+from attnproof.targets import TargetError
+from attnproof.trials import Subject, judge_case
+from attnproof.workers import WorkerPool
+
+__all__ = ["DEFAULT_EXAMPLES", "default_plan", "findings", "target_subjects"]
+
+# Cases for each of the suite's kernels in a default run: all regimes, dtypes and pairs of options, in under 3 minutes.
+DEFAULT_EXAMPLES: Mapping[str, int] = {"softmax": 200, "logsumexp": 90, "softmax_rows": 90}
+_THOROUGH = 20
+
+
+def target_subjects(
+    targets: Sequence[str],
+    families: Sequence[str],
+    dtypes: tuple[str, ...] | None,
+    options: tuple[str, ...] | None,
+    declare: Mapping[str, str],
+    precision: Mapping[str, str],
+    device: str | None,
+    timeout: float,
+) -> list[Subject]:
+    """The kernels of a run: the suite's own, or other people's under the contract that the arguments describe.
+
+    Raises:
+        ContractError, TargetError: arguments that name no family, dtype, option or declaration, a target that cannot
+            be imported, or one that does not return what the contract says on a plain case.
+    """
+    for family in families:
+        family_of(family)
+    if not targets:
+        if declare or precision or options:
+            raise ContractError("--declare, --precision and --options are for TARGETS; the suite's kernels declare theirs")
+        found = subjects(families)
+        return [replace(subject, device=device) for subject in found] if device else found
+    if len(families) != 1:
+        raise ContractError(f"--family is needed once with TARGETS, to say what they compute: one of {', '.join(FAMILIES)}")
+    table = dict(declare) | ({"precision": precision} if precision else {})
+    chosen = [make_subject(target, families[0], dtypes, options, None, device, table) for target in targets]
+    with WorkerPool(jobs=1, timeout=timeout) as pool:
+        for subject in chosen:
+            _try_out(subject, pool)
+    return chosen
+
+
+def _try_out(subject: Subject, pool: WorkerPool) -> None:
+    """One plain call, so that a target that is not a kernel of its family is a usage error and not a verdict."""
+    contract = subject.contract
+    case = plan(
+        contract.family, dtypes=contract.dtypes[:1], options=(), supports=contract.supports, budget=1, seed=0
+    )[0]
+    case = _plain_case(case)
+    seen: list[object] = []
+
+    def call(request: CallRequest) -> object:
+        outcome = pool.call(request)
+        seen.append(outcome)
+        return outcome
+
+    event = judge_case(subject, case, call)  # type: ignore[arg-type]
+    outcome = seen[0] if seen else None
+    if isinstance(outcome, Raised) and outcome.phase == "import":
+        raise TargetError(outcome.message if outcome.type.endswith("TargetError") else str(outcome))
+    shape = [failure.reason for failure in event.failures if failure.rule == "shape"]
+    if shape and isinstance(outcome, Returned):
+        raise ContractError(f"{subject.name}, called as {contract.family}: {shape[0]}")
+
+
+def _plain_case(case: Case) -> Case:
+    sizes = {"B": 1, "H": 1, "G": 1, "M": 16, "N": 16, "D": case.sizes.get("D", 16), "E": case.sizes.get("E", 16), "R": 4}
+    shape = tuple((symbol, sizes[symbol]) for symbol in case.sizes)
+    return replace(case, regime="normal", shape=shape, options=(), view="contiguous")
+
+
+def default_plan(
+    chosen: Sequence[Subject],
+    *,
+    seed: int,
+    thorough: bool = False,
+    examples: int | None = None,
+    dtypes: tuple[str, ...] | None = None,
+) -> list[tuple[Subject, list[Case]]]:
+    """Cases for each kernel; examples (naive variants) go through one plain case a regime and dtype."""
+    planned = []
+    for subject in chosen:
+        contract = subject.contract
+        budget = examples or DEFAULT_EXAMPLES[contract.family] * (_THOROUGH if thorough else 1)
+        if subject.example:
+            budget = min(budget, len(REGIMES) * len(contract.dtypes))
+        cases = plan(
+            contract.family,
+            dtypes=dtypes or contract.dtypes,
+            options=contract.options,
+            supports=contract.supports,
+            budget=budget,
+            seed=seed,
+            thorough=thorough,
+        )
+        planned.append((subject, list(cases)[:budget] if thorough else list(cases)))
+    return planned
+
+
+def findings() -> list[Finding]:
+    """Claims checked in every run: the worked example of the first source article."""
+    told = []
+    for claim in worked_example.findings():
+        fields = asdict(claim)
+        table = fields.pop("table")
+        told.append(Finding(**fields, series=(Series(claim.name, "table", table, "row", "column"),)))
+    return told

@@ -1,0 +1,58 @@
+"""The suite's own kernels: what `attnproof verify` judges, with the verdict that each is expected to get.
+
+The naive examples are listed with the regimes in which the theory says that they must fail; one that passes there, or
+fails elsewhere, is as much a defect as a failure of a correct kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from attnproof.properties.contract import Contract, contract_of
+from attnproof.targets import Importable, resolve
+from attnproof.trials import Subject
+
+__all__ = ["ENTRIES", "Entry", "default_device", "subjects"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel of the suite: its name in reports, its target, and for examples where they must fail and why."""
+
+    name: str
+    target: str
+    example: bool = False
+    must_fail: tuple[str, ...] = ()
+    why: str = ""
+
+
+_KERNELS = "attnproof.kernels"
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("logsumexp", f"{_KERNELS}.logsumexp:logsumexp"),
+    Entry("softmax_rows", f"{_KERNELS}.softmax_rows:softmax_rows"),
+    Entry("softmax.attention", f"{_KERNELS}.softmax:attention"),
+    Entry("softmax.attention_split", f"{_KERNELS}.softmax:attention_split"),
+)
+
+
+def default_device() -> str:
+    """The machine's GPU if there is one, else the emulator."""
+    return "cuda" if torch.cuda.is_available() else "emulator:sm_90"
+
+
+def subjects(families: Iterable[str] = ()) -> list[Subject]:
+    """The suite's kernels of ``families`` (all if empty), under the contracts that stand beside them."""
+    wanted = tuple(families)
+    found = []
+    for entry in ENTRIES:
+        contract = contract_of(resolve(entry.target))
+        assert isinstance(contract, Contract), f"{entry.target} has no contract"
+        if not wanted or contract.family in wanted:
+            found.append(
+                Subject(entry.name, Importable(entry.target), contract, default_device(), entry.example, entry.must_fail)
+            )
+    return found

@@ -1,0 +1,243 @@
+"""One case through one kernel: the call in a worker, what came back, and the verdict on it as a record's event."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attnproof.judge import Judgement, Trial, prepare
+from attnproof.outcomes import (
+    CallRequest,
+    Crashed,
+    Declined,
+    Flooded,
+    NotATensor,
+    Outcome,
+    OutOfMemory,
+    Raised,
+    Returned,
+    TimedOut,
+)
+from attnproof.properties.case import Case
+from attnproof.properties.contract import Contract
+from attnproof.properties.regimes import REGIMES
+from attnproof.reports.record import CaseJudged, CaseRecord, Failure
+from attnproof.targets import Importable, KernelSource
+
+__all__ = ["Subject", "case_record", "judge_case", "reproduction"]
+
+Caller = Callable[[CallRequest], Outcome]
+
+# Every third case is called twice on the same tensors, to see whether a kernel that promises the same bits gives them.
+_REPEATED = 3
+_DEFAULTS: Mapping[str, Any] = {"causal": False, "return_lse": False}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel under judgement.
+
+    Attributes:
+        name: how reports call it; target: how a worker gets hold of it.
+        contract: what it promises; device: "cpu", "emulator:sm_90", "cuda", ...
+        example: a naive variant that must be found out; must_fail: "regime" or "regime/dtype" where it must FAIL.
+    """
+
+    name: str
+    source: KernelSource
+    contract: Contract
+    device: str
+    example: bool = False
+    must_fail: tuple[str, ...] = ()
+
+    def expected(self, case: Case) -> str:
+        """The verdict that is listed for the case's regime and dtype."""
+        listed = case.regime in self.must_fail or f"{case.regime}/{case.dtype}" in self.must_fail
+        return "FAIL" if listed else "PASS"
+
+
+def case_record(case: Case) -> CaseRecord:
+    """The case as a record keeps it."""
+    return CaseRecord(
+        id=case.id,
+        family=case.family,
+        dtype=case.dtype,
+        regime=case.regime,
+        regime_class=REGIMES[case.regime].regime_class,
+        shape=case.sizes,
+        options=dict(case.options),
+        view=case.view,
+        seed=case.seed,
+    )
+
+
+def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
+    """Run ``case`` through ``subject`` by ``call`` and judge what came back.
+
+    Never raises for what the kernel does; a failure of the checker itself gives UNVERIFIED with its reason.
+    """
+    begun = time.perf_counter()
+    if subject.contract.causal_alignment == "top-left" and case.option("causal"):
+        case = replace(case, options=(*case.options, ("causal_alignment", "top-left")))
+    seconds = 0.0
+    try:
+        trial = prepare(case, subject.contract)
+        outcome = call(_request(subject, trial))
+        judgement = _judge_outcome(subject, trial, outcome)
+        if isinstance(outcome, Returned) and outcome.seconds:
+            seconds = outcome.seconds[0]
+    except Exception as error:  # noqa: BLE001 - whatever breaks the checker must not be taken for a verdict
+        failure = Failure("checker", f"the checker failed: {type(error).__name__}: {error}")
+        judgement = Judgement("UNVERIFIED", (failure,))
+    failures = tuple(_with_script(failure, subject, case) for failure in judgement.failures)
+    return CaseJudged(
+        kernel=subject.name,
+        case=case_record(case),
+        verdict=judgement.verdict,
+        expected=subject.expected(case),
+        failures=failures,
+        vacuous=judgement.vacuous,
+        unjudged=dict(judgement.unjudged),
+        outputs=dict(judgement.outputs),
+        seconds=time.perf_counter() - begun,
+        kernel_seconds=seconds,
+    )
+
+
+def _request(subject: Subject, trial: Trial) -> CallRequest:
+    """The canonical call in the kernel's own layout; keywords with a default only where the kernel lists them."""
+    contract, family = subject.contract, trial.family
+    swap = contract.layout == "bnhd" and family.sequence
+    arguments = []
+    for name, tensor in trial.inputs.tensors.items():
+        if swap and name in family.sequence:
+            moved = tensor.transpose(1, 2)
+            tensor = moved.contiguous() if trial.case.view == "contiguous" else moved
+        arguments.append(tensor)
+    given = trial.inputs.options
+    keywords = {key: given[key] for key in family.required}
+    for key in family.options:
+        if key in contract.options:
+            keywords[key] = given.get(key, _DEFAULTS.get(key))
+    repeated = contract.deterministic and (trial.case.seed + len(trial.case.id)) % _REPEATED == 0
+    return CallRequest(
+        kernel=subject.source,
+        device=subject.device,
+        arguments=tuple(arguments),
+        keywords=keywords,
+        names=family.inputs,
+        repeats=2 if repeated else 1,
+        poison_outputs=True,
+    )
+
+
+def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgement:
+    failures = [Failure("mutation", f"the call changed its inputs: {mutation}") for mutation in outcome.mutations]
+    tail = outcome.output.tail
+    if isinstance(outcome, Flooded):
+        words = f"the call wrote {outcome.output.size} bytes to stdout and stderr; the limit is {outcome.limit}"
+        failures.append(Failure("output-flood", words, detail=tail))
+        outcome = outcome.ended
+    if isinstance(outcome, Declined):
+        return Judgement("FAIL" if failures else "DECLINED", (*failures, Failure("declined", outcome.message)))
+    if not isinstance(outcome, Returned):
+        return _ended_badly(outcome, failures, tail)
+    outputs, complaint = _outputs(subject, trial, outcome)
+    if complaint:
+        return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail)))
+    for alias in outcome.aliases:
+        if alias.shares == "memory" and outcome.outputs[alias.output].tensor.numel():
+            failures.append(Failure("aliasing", f"output {alias.output} lies in memory of {alias.other}"))
+    for difference in outcome.differences:
+        words = f"{difference.what} differs in {difference.count} elements, first at {difference.index}"
+        failures.append(Failure("determinism", f"two calls on the same tensors: {words} (run {difference.run})"))
+    judgement = trial.judge(outputs)
+    if failures:
+        return replace(judgement, verdict="FAIL", failures=(*failures, *judgement.failures))
+    return judgement
+
+
+def _ended_badly(
+    outcome: Raised | Crashed | TimedOut | OutOfMemory, failures: list[Failure], tail: str
+) -> Judgement:
+    """A call that gave no result: FAIL, or UNVERIFIED where the emulator or the worker's start is at fault."""
+    if isinstance(outcome, Raised):
+        unsupported = outcome.type.rpartition(".")[2] == "EmulationError"
+        rule = "memory-fault" if outcome.type.rpartition(".")[2] == "MemoryFault" else "exception"
+        failure = Failure(rule, f"the kernel raised {outcome}", detail=outcome.traceback)
+        if unsupported or outcome.phase == "start":
+            return Judgement("UNVERIFIED", (_under_rule(failure, "checker"),))
+    elif isinstance(outcome, TimedOut):
+        failure = Failure("timeout", f"no answer within {outcome.limit:g} seconds", detail=tail)
+    elif isinstance(outcome, OutOfMemory):
+        failure = Failure("memory", f"the call took more than {outcome.limit >> 20} MiB: {outcome.message}", detail=tail)
+    else:
+        failure = Failure("crash", f"the worker process died: {outcome}", detail=tail)
+    if not isinstance(outcome, Raised) and outcome.phase == "start":
+        return Judgement("UNVERIFIED", (_under_rule(failure, "checker"),))
+    return Judgement("FAIL", (*failures, failure))
+
+
+def _under_rule(failure: Failure, rule: str) -> Failure:
+    return Failure(rule, failure.reason, detail=failure.detail)
+
+
+def _outputs(subject: Subject, trial: Trial, outcome: Returned) -> tuple[dict[str, torch.Tensor], str]:
+    """Outputs by name in layout bhnd, and what is wrong with the form of what was returned ("" if nothing)."""
+    names = trial.problem.outputs
+    value = outcome.value
+    if isinstance(value, NotATensor):
+        return {}, f"returned {value.type} ({value.text}); the contract asks for {_asked(names)}"
+    values = value if isinstance(value, tuple) else (value,)
+    wrong = len(values) != len(names) or any(not isinstance(item, torch.Tensor) for item in values)
+    if wrong or (len(names) > 1 and not isinstance(value, tuple)):
+        return {}, f"returned a {outcome.container} of {len(values)}; the contract asks for {_asked(names)}"
+    outputs = {}
+    for name, tensor in zip(names, values, strict=True):
+        assert isinstance(tensor, torch.Tensor)
+        shape = trial.problem.shape(name)
+        if subject.contract.layout == "bnhd" and name in trial.family.sequence and tensor.dim() >= 3:
+            tensor = tensor.transpose(1, 2)
+        if tuple(tensor.shape) != shape:
+            return {}, f"output {name} has shape {tuple(tensor.shape)} (in layout bhnd); the contract asks for {shape}"
+        dtype = trial.family.output_dtype(name, trial.case.dtype)
+        if tensor.dtype != getattr(torch, dtype):
+            return {}, f"output {name} has dtype {tensor.dtype}; the contract asks for {dtype}"
+        outputs[name] = tensor
+    return outputs, ""
+
+
+def _asked(names: tuple[str, ...]) -> str:
+    return f"one tensor, {names[0]}" if len(names) == 1 else f"a tuple ({', '.join(names)})"
+
+
+def _with_script(failure: Failure, subject: Subject, case: Case) -> Failure:
+    if failure.rule == "checker":
+        return failure
+    fields = {name: getattr(failure, name) for name in failure.__struct_fields__}
+    return Failure(**{**fields, "script": reproduction(subject, case)})
+
+
+def reproduction(subject: Subject, case: Case) -> str:
+    """A script that runs the case against the kernel again and prints the verdict with its reasons."""
+    target = subject.source.target if isinstance(subject.source, Importable) else subject.name
+    declared = ", ".join(f"{key}={value!r}" for key, value in _contract_arguments(subject.contract).items())
+    return (
+        "import attnproof\n"
+        "from attnproof.properties.contract import Contract, Precision, Supports\n\n"
+        f"case = attnproof.Case.parse({case.id!r})\n"
+        f"contract = Contract({declared})\n"
+        f"result = attnproof.check({target!r}, case, contract=contract, device={subject.device!r})\n"
+        "print(result)\n"
+    )
+
+
+def _contract_arguments(contract: Contract) -> dict[str, Any]:
+    """The fields in which a contract differs from the defaults."""
+    plain = Contract(contract.family)
+    fields = {name: getattr(contract, name) for name in contract.__dataclass_fields__}
+    return {name: value for name, value in fields.items() if name == "family" or value != getattr(plain, name)}
