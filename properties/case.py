@@ -62,17 +62,18 @@ class CaseError(ValueError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Case:
-    """One call of a kernel. Mappings are accepted for ``shape`` and ``options`` and become tuples in canonical order.
+    """One call of a kernel; ``shape`` and ``options`` may be given as mappings.
 
     Attributes:
         family: a family that :data:`SYMBOLS` has.
         dtype: name of the inputs' dtype.
         shape: (symbol, size) for each symbol of the family; H is a multiple of G.
         regime: name of a regime of inputs.
-        options: (keyword, value) for each keyword passed: ``causal`` True, ``causal_alignment`` "top-left" (not a
-            keyword, but decides which keys are seen), ``window`` (left, right) with None for no limit, ``softcap`` > 0,
-            ``bias`` the pattern by which it broadcasts such as "bhmn" or "b11n", ``sinks`` True, ``cu_seqlens`` the
-            lengths of packed sequences, ``return_lse`` True. Options that are False or None are left out.
+        options: (keyword, value) for each keyword passed: ``causal`` True, ``causal_alignment`` "top-left"
+            (not a keyword, but decides which keys are seen), ``window`` (left, right) with None for no limit,
+            ``softcap`` > 0, ``bias`` the pattern by which it broadcasts such as "bhmn" or "b11n", ``sinks``
+            True, ``cu_seqlens`` the lengths of packed sequences, ``return_lse`` True. Options that are False
+            or None are left out.
         view: a memory layout of :data:`attnproof.properties.views.VIEWS`.
         seed: ≥ 0.
 
@@ -142,14 +143,15 @@ class Case:
         parts = text.strip().split(":")
         if len(parts) != 7:
             raise CaseError(
-                f"case {text!r}: expected FAMILY:DTYPE:REGIME:SHAPE:OPTIONS:VIEW:SEED, found {len(parts)} parts"
+                f"case {text!r}: found {len(parts)} parts, "
+                "expected FAMILY:DTYPE:REGIME:SHAPE:OPTIONS:VIEW:SEED"
             )
         family, dtype, regime, shape_text, options_text, view, seed = parts
         shape = []
         for item in filter(None, shape_text.split(",")):
             found = re.fullmatch(r"([A-Z])([0-9]+)", item)
             if not found:
-                raise CaseError(f"case {text!r}: shape item {item!r}: expected a letter and a size, such as N64")
+                raise CaseError(f"case {text!r}: shape item {item!r}: write it as in N64")
             shape.append((found[1], int(found[2])))
         if not seed.isdecimal():
             raise CaseError(f"case {text!r}: seed {seed!r}: expected an integer ≥ 0")
@@ -171,10 +173,10 @@ class Inputs:
 
 
 def make_inputs(case: Case) -> Inputs:
-    """The inputs of ``case``: the same values on every platform, in fresh memory laid out as ``case.view`` says.
+    """The inputs of ``case``: the same values on every platform, in fresh memory laid out as its view says.
 
-    Values are made in float64, rounded to float32 and then to the dtype, and depend only on regime, shape and seed
-    (on options where the regime needs them; in view "broadcast" all heads of k and v are one).
+    Values are made in float64, rounded to float32 and then to the dtype, and depend only on regime, shape and
+    seed (on options where the regime needs them; in view "broadcast" all heads of k and v are one).
 
     Raises:
         CaseError: for a regime that does not exist, or has no inputs for this family, dtype or options.
@@ -214,7 +216,9 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in case.options:
         if name == "bias":
             bias = values["bias"] if "bias" in values else draw.normal("bias", *draw.bias_shape)
-            keywords[name] = lay_out(_stored(np.broadcast_to(bias, draw.bias_shape), case.torch_dtype), case.view, name)
+            keywords[name] = lay_out(
+                _stored(np.broadcast_to(bias, draw.bias_shape), case.torch_dtype), case.view, name
+            )
         elif name == "sinks":
             sinks = values["sinks"] if "sinks" in values else draw.normal("sinks", draw["H"])
             keywords[name] = lay_out(_stored(sinks, case.torch_dtype), case.view, name)
@@ -241,7 +245,9 @@ def _stored(values: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
     return wide if dtype == torch.float64 else wide.to(torch.float32).to(dtype)
 
 
-def _canonical_shape(family: str, shape: Mapping[str, int] | Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+def _canonical_shape(
+    family: str, shape: Mapping[str, int] | Iterable[tuple[str, int]]
+) -> tuple[tuple[str, int], ...]:
     pairs = list(shape.items() if isinstance(shape, Mapping) else shape)
     sizes = dict(pairs)
     symbols = SYMBOLS[family]
@@ -253,7 +259,9 @@ def _canonical_shape(family: str, shape: Mapping[str, int] | Iterable[tuple[str,
     if "G" in sizes:
         low = [symbol for symbol in ("H", "G", "D", "E") if sizes[symbol] == 0]
         if low or sizes["H"] % sizes["G"]:
-            raise CaseError(f"shape {sizes}: H, G, D and E are positive and H is a multiple of G; M, N, B may be 0")
+            raise CaseError(
+                f"shape {sizes}: H, G, D and E are positive and H is a multiple of G; M, N, B may be 0"
+            )
     return tuple((symbol, sizes[symbol]) for symbol in symbols)
 
 
@@ -327,7 +335,9 @@ def _parse_option(item: str) -> tuple[str, Any]:
         if name == "softcap":
             return name, float(text)
     except ValueError:
-        raise CaseError(f"option {item!r}: cannot read its value; write it as in 'window=3..', 'softcap=30.0'") from None
+        raise CaseError(
+            f"option {item!r}: cannot read its value; write it as in 'window=3..', 'softcap=30.0'"
+        ) from None
     if not equals or name in _FLAGS:
         raise CaseError(f"option {item!r}: expected a flag ({', '.join(_FLAGS)}) or NAME=VALUE")
     return name, text

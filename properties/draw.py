@@ -1,8 +1,8 @@
 """Random numbers that are the same on every platform.
 
-numpy promises the stream of a bit generator for ever, but not that of its distributions, and the logarithms inside
-those differ by an ulp from one libm to the next. Every distribution here is therefore made of the raw words of
-Philox with integer arithmetic and one correctly rounded division.
+numpy promises the stream of a bit generator for ever, but not that of its distributions, and the logarithms
+inside those differ by an ulp from one libm to the next. Every distribution here is therefore made of the raw
+words of Philox with integer arithmetic and one correctly rounded division.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Draw", "Float64"]
 
 Float64 = npt.NDArray[np.float64]
 
-# A normal variate is a sum of 16 uniform 16-bit integers: excess kurtosis -1.2/16, largest value 6.9 deviations.
+# A normal variate is a sum of 16 uniform 16-bit integers: excess kurtosis -1.2/16, at most 6.9 deviations.
 _PARTS = 16
 _NORMAL_MEAN = _PARTS * 65535 / 2
 _NORMAL_DEVIATION = math.sqrt(_PARTS * (65536**2 - 1) / 12)
@@ -31,12 +31,12 @@ _NORMAL_DEVIATION = math.sqrt(_PARTS * (65536**2 - 1) / 12)
 class Draw:
     """What a regime's builder sees of a case: sizes, options, dtype, and named streams of random numbers.
 
-    A stream depends on the regime, the sizes, the seed and its own name, never on dtype, options or view, so that
-    two cases that differ in one of those compare like with like.
+    A stream depends on the regime, the sizes, the seed and its own name, never on dtype, options or view, so
+    that two cases that differ in one of those compare like with like.
 
     Attributes:
         family: name of the family.
-        dtype: name of the dtype in which the values will be stored; only for regimes whose magnitudes are tied to it.
+        dtype: name of the dtype of the stored values, for regimes whose magnitudes are tied to it.
         regime: name of the regime.
         sizes: symbol to size, as in the case's shape.
         options: the case's options, as plain values.
@@ -100,10 +100,11 @@ class Draw:
         return words
 
     def normal(self, name: str, *shape: int) -> Float64:
-        """Standard normal variates (to the accuracy of a sum of 16 uniform ones), at most 6.93 in absolute value."""
+        """Standard normal variates (as a sum of 16 uniform ones is), at most 6.93 in absolute value."""
         words = self.words(name, math.prod(shape) * _PARTS // 4)
         sums = words.view(np.uint16).reshape(-1, _PARTS).sum(axis=1, dtype=np.int64)
-        return ((sums - _NORMAL_MEAN) / _NORMAL_DEVIATION).reshape(shape)
+        variates: Float64 = (sums - _NORMAL_MEAN) / _NORMAL_DEVIATION
+        return variates.reshape(shape)
 
     def uniform(self, name: str, *shape: int) -> Float64:
         """Uniform variates in [0, 1), multiples of 2⁻⁵³."""
@@ -117,7 +118,7 @@ class Draw:
 
     def signs(self, name: str, *shape: int) -> Float64:
         """−1 or +1, each with probability one half."""
-        return 2.0 * self.integers(name, 0, 2, *shape) - 1.0
+        return 2.0 * self.integers(name, 0, 2, *shape).astype(np.float64) - 1.0
 
     def permutations(self, name: str, *shape: int) -> npt.NDArray[np.int64]:
         """Random permutations of 0 … n−1 along the last axis, n its size."""

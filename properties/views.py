@@ -10,8 +10,9 @@ import torch
 __all__ = ["VIEWS", "lay_out", "unit_last_stride"]
 
 VIEWS = ("contiguous", "sliced", "transposed", "columns", "broadcast", "unaligned")
-"""contiguous: as the shape says. sliced: cut on every axis out of a larger tensor. transposed: (B, M, H, D) in memory
-for four axes, the last two exchanged for two. columns: the last axis has the largest stride of the last two.
+"""contiguous: as the shape says. sliced: cut on every axis out of a larger tensor. transposed: (B, M, H, D)
+in memory for four axes, the last two exchanged for two. columns: the last axis has the largest stride of the
+last two.
 broadcast: k and v (x) have stride 0 on their leading axes. unaligned: starts one element into its storage."""
 
 # Tensors of keys and values are the ones that callers expand; x stands for the rows of the row-wise families.
@@ -27,8 +28,8 @@ def lay_out(values: torch.Tensor, view: str, name: str) -> torch.Tensor:
     """``values`` as a fresh tensor in the memory layout ``view``.
 
     Args:
-        values: any floating tensor. For "broadcast" and a name that it concerns, equal along all axes but the last two
-            (x: but the last).
+        values: any floating tensor. For "broadcast", k and v are equal along all axes but the last two,
+            x along all but the last.
         view: one of :data:`VIEWS`.
         name: the tensor's name in the call.
 

@@ -1,8 +1,8 @@
 """The HTML report: one file that needs no network, readable without JavaScript except for the charts.
 
-The page carries Vega, Vega-Lite and vega-embed (vl-convert bundles them, 0.9 MB), the data of its charts, and a
-Content-Security-Policy that lets nothing be fetched and no script run but those two whose hashes it names. All text of
-the record is escaped by Jinja; data reaches the scripts as JSON in which no markup can begin.
+The page carries Vega, Vega-Lite and vega-embed (vl-convert bundles them, 0.9 MB), the data of its charts, and
+a Content-Security-Policy that lets nothing be fetched and no script run but those two whose hashes it names.
+All text of the record is escaped by Jinja; data reaches the scripts as JSON in which no markup can begin.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import vl_convert
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from attnproof.reports import charts, wording
 from attnproof.reports.record import Event, Finding, Series
+from attnproof.reports.series import series_chart
 from attnproof.reports.summary import summarize
 from attnproof.reports.tables import KernelSummary, Summary
 
 __all__ = ["render"]
 
 DETAIL_LIMIT = 6000
-"""Characters of a failure's detail (traceback, captured output) that a page shows; the record holds all of it."""
+"""Characters of a failure's detail (traceback, output) that a page shows; the record holds all of it."""
 
 TABLE_ROWS_LIMIT = 200
 """Rows of a finding's series that a page shows as a table."""
@@ -91,7 +94,7 @@ def _finding_view(finding: Finding, specs: dict[str, Any], data: dict[str, Any])
     views: list[tuple[Series, str | None]] = []
     for series in finding.series:
         name = f"series{len(data)}"
-        chart = charts.series_chart(series, name)
+        chart = series_chart(series, name)
         if chart:
             specs[name], data[name] = chart
         views.append((series, name if chart else None))
@@ -113,6 +116,7 @@ def _environment() -> jinja2.Environment:
         duration=wording.duration,
         shape=wording.shape_text,
         plain=_plain_text,
+        breakable=_breakable,
         clipped=_clipped,
         rows=_series_rows,
         titles=_series_titles,
@@ -133,8 +137,13 @@ def _plain_text(value: Any) -> str:
     return str(value)
 
 
+def _breakable(name: str) -> Markup:
+    """A dotted name that a narrow column may break after its dots and underscores, and nowhere else."""
+    return Markup(re.sub(r"([._:])", r"\1<wbr>", str(escape(name))))
+
+
 def _clipped(text: str) -> str:
-    """``text`` cut to :data:`DETAIL_LIMIT` characters, beginning and end kept: a traceback's end says the most."""
+    """``text`` cut to :data:`DETAIL_LIMIT` characters, both ends kept: a traceback's end says the most."""
     if len(text) <= DETAIL_LIMIT:
         return text
     half = DETAIL_LIMIT // 2
@@ -160,7 +169,7 @@ def _series_titles(series: Series) -> list[tuple[str, str]]:
 
 
 def _json(value: Any) -> Markup:
-    """``value`` as JSON for a script element: no "<", ">" or "&", so that neither a tag nor a comment can begin."""
+    """``value`` as JSON for a script element, free of "<", ">" and "&", so that no tag can begin."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -173,8 +182,8 @@ def _libraries() -> str:
     bundle = vl_convert.javascript_bundle(BUNDLE_ENTRY)
     if "</script" in bundle.lower() or "<!--" in bundle:
         raise ValueError(
-            f"the Vega bundle of vl-convert {vl_convert.__version__} holds markup that would end its script element; "
-            "use another version of vl-convert-python"
+            f"the Vega bundle of vl-convert {version('vl-convert-python')} holds markup that would end its "
+            "script element; use another version of vl-convert-python"
         )
     return f"(() => {{{bundle}\n}})();"
 

@@ -1,8 +1,9 @@
 """The JUnit XML report: one test suite a kernel, one test case a case.
 
-What was listed to fail and failed is a passed test; what was listed and did not is a failed one. Unverified cases are
-errors, declined ones skipped. A verdict that no case explains (drift, a record cut off, too many vacuous cases) gets a
-test case of its own, so that the file holds a failure or an error whenever the run's exit code is not 0.
+What was listed to fail and failed is a passed test; what was listed and did not is a failed one. Unverified
+cases are errors, declined ones skipped. A verdict that no case explains (drift, a record cut off, too many
+vacuous cases) gets a test case of its own, so that the file holds a failure or an error whenever the run's
+exit code is not 0.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class _Suite:
         """The suite; the judge's word decides whether a listed failure that did not come counts."""
         if not (self.judged and self.judged.as_expected):
             for element, event in self.survived:
-                reason = f"the suite lists this case to fail, and it passed ({event.case.regime}, {event.case.dtype})"
+                reason = f"listed to fail in {event.case.regime}, {event.case.dtype}, and it passed"
                 _mark(element, "failure", reason, reason, "not caught")
         if self.judged is None:
             self._verdict("error", "the record ends before this kernel was judged", "INCOMPLETE")
@@ -107,7 +108,7 @@ def render(events: Iterable[Event]) -> str:
 
 
 def _run_suite(ends: list[RunFinished | None], explained: bool) -> ElementTree.Element:
-    """One test case a run: that its record is complete, and that its exit code is 0 or explained by the kernels."""
+    """One test case a run: its record is complete, and its exit code is 0 or explained by the kernels."""
     cases = []
     for number, end in enumerate(ends, 1):
         element = _case("attnproof", f"run {number}" if len(ends) > 1 else "run", 0.0)

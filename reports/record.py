@@ -173,7 +173,11 @@ class KernelJudged(msgspec.Struct, frozen=True, tag="kernel-judged"):
 
 
 class Series(msgspec.Struct, frozen=True):
-    """Numbers for a plot: columns of equal length. ``chart`` is "line", "scatter", "histogram" or "table"."""
+    """Numbers for a plot: columns of equal length. ``chart`` is "line", "scatter", "histogram" or "table".
+
+    ``x``, ``y`` and ``color`` name columns, ``log`` those drawn on log axes. A histogram whose ``y`` names no
+    column is counted by the report; its column "threshold", if it has one, is drawn as vertical lines.
+    """
 
     title: str
     chart: str
@@ -262,8 +266,10 @@ _FLOAT_TEXT = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 def _decode(line: bytes) -> Event:
     if b'"nan"' in line or b'inf"' in line:
-        return msgspec.convert(_revive(msgspec.json.decode(line)), Event)
-    return _decoder.decode(line)
+        revived: Event = msgspec.convert(_revive(msgspec.json.decode(line)), Event)
+        return revived
+    event: Event = _decoder.decode(line)
+    return event
 
 
 def _revive(value: Any, key: str = "") -> Any:

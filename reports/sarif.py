@@ -1,6 +1,7 @@
-"""The SARIF 2.1.0 report (OASIS standard): one result for each kernel, rule and regime, the kernel as its location.
+"""The SARIF 2.1.0 report (OASIS standard): one result for each kernel, rule and regime.
 
-A failure that the suite lists is given as suppressed, with the reason; unverified cases are warnings of the tool itself.
+Its location is the kernel. A failure that the suite lists is given as suppressed, with the reason; unverified
+cases are warnings of the tool itself.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _drift(kernel: KernelSummary) -> dict[str, Any]:
 def _result(kernel: str, target: str, rule: str, regime: str, reason: str, cases: int) -> dict[str, Any]:
     """One result; its fingerprint stays the same from run to run, so that viewers can tell old from new."""
     where = f"{kernel}, {regime}" if regime else kernel
-    fingerprint = hashlib.sha256("\0".join((target, kernel, rule, regime)).encode()).hexdigest()
+    fingerprint = hashlib.sha256(f"{target}\0{kernel}\0{rule}\0{regime}".encode()).hexdigest()
     location = {"name": kernel, "fullyQualifiedName": target or kernel, "kind": "function"}
     return {
         "ruleId": rule,

@@ -1,8 +1,8 @@
 """The tables of a report, computed once from the events of a record; renderers only render.
 
-:func:`summarize` reads the events once, in order, and keeps what the tables need: sums by kernel, regime and dtype,
-failures and remarks without their repetitions, and one point a case for the charts. A record that was cut off has
-no :class:`~attnproof.reports.record.RunFinished`; everything that it holds is summarized all the same.
+:func:`summarize` reads the events once, in order, and keeps what the tables need: sums by kernel, regime and
+dtype, failures and remarks without their repetitions, and one point a case for the charts. A record that was
+cut off has no :class:`~attnproof.reports.record.RunFinished`; all that it holds is summarized all the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from attnproof.reports.wording import alike, severity, worst
 __all__ = ["POINT_LIMIT", "summarize"]
 
 POINT_LIMIT = 3000
-"""Points in a chart. Each costs about 150 bytes of page and two SVG elements, so 3000 draw in well under a second."""
+"""Points in all charts together; each costs about 250 bytes of page and an SVG element in two charts."""
 
 CASE_IDS_SHOWN = 6
 """Case names kept with a group of failures."""
@@ -127,7 +127,7 @@ class _KernelTally:
         self.cells[key].add(event)
 
     def frozen(self, index: int) -> KernelSummary:
-        """The summary; counts are those of the judge where it has spoken, our own where the record was cut off."""
+        """The summary; counts are the judge's where it has spoken, our own where the record was cut off."""
         judged, cells = self.judged, tuple(tally.frozen() for tally in self.cells.values())
         failed = self.outcomes[Outcome.FAILED] + self.outcomes[Outcome.FAILED_AS_LISTED]
         return KernelSummary(
@@ -158,7 +158,7 @@ class _KernelTally:
 
 @dataclass(slots=True)
 class _FailureTally:
-    """Failures by one (kernel, rule, regime, listed); keeps the smallest case, one with a script before any without."""
+    """Failures by one (kernel, rule, regime, listed); keeps the smallest case, of those with a script."""
 
     target: str
     event: CaseJudged
@@ -249,7 +249,7 @@ class _Tally:
                 self.runs.append(Run(started, event))
 
     def _kernel(self, name: str, started: KernelStarted | None = None) -> _KernelTally:
-        """The tally of a kernel; one that comes without a KernelStarted (a record pieced together) gets a bare one."""
+        """The tally of a kernel; one without a KernelStarted (a record pieced together) gets a bare one."""
         if started or name not in self.current:
             bare = KernelStarted(name, target="", family="", device="", contract={}, example=False, planned=0)
             self.current[name] = _KernelTally(started or bare)
@@ -305,7 +305,7 @@ class _Tally:
 
 
 def summarize(events: Iterable[Event]) -> Summary:
-    """The tables of the record ``events``, read once; the record need not be complete, and may hold several runs."""
+    """The tables of the record ``events``, read once; it need not be complete, and may hold several runs."""
     tally = _Tally()
     for event in events:
         tally.take(event)

@@ -1,6 +1,6 @@
 """The rows that reports show: plain immutable data, computed by :mod:`attnproof.reports.summary`.
 
-Ratios are error over budget, without unit; None where no case of a row gave one. Elements are tensor elements.
+Ratios are error over budget, without unit; None where no case gave one. Elements are tensor elements.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class KernelSummary:
     """One kernel of one run. ``index`` is its place among the kernels of the summary.
 
     ``verdict`` is INCOMPLETE and ``as_expected`` None where the record ends before the kernel was judged.
-    ``unexpected`` counts cases that came out otherwise than listed (failures, and listed failures that did not come).
+    ``unexpected`` counts cases that came out otherwise than listed: unlisted failures, listed ones that did
+    not come, and what was left unverified.
     """
 
     index: int
@@ -116,7 +117,7 @@ class KernelSummary:
 
 @dataclass(frozen=True, slots=True)
 class FailureGroup:
-    """Failures of one kernel by one rule in one regime; ``failure`` is that of the smallest case with a script.
+    """Failures of one kernel by one rule in one regime; ``failure`` is of the smallest case with a script.
 
     Attributes:
         listed: the suite lists these cases to fail.
@@ -140,7 +141,7 @@ class FailureGroup:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Cases of one kernel and regime about which the same was said (figures apart); ``case_id`` is one of them."""
+    """Cases of one kernel and regime about which the same was said, figures apart; ``case_id`` is one."""
 
     kernel: str
     regime: str

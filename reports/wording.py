@@ -1,7 +1,7 @@
 """How numbers and counts are put into words, the same in every report.
 
-A ratio is error over budget, without unit. What is not finite is written out ("NaN", "inf"), never hidden, and
-ranks above every number: an error that cannot be measured is no small error.
+A ratio is error over budget, without unit. What is not finite is written out ("NaN", "inf"), never hidden,
+and ranks above every number: an error that cannot be measured is no small error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ def severity(value: float) -> tuple[int, float]:
 
 
 def worst(values: Iterable[float | None]) -> float | None:
-    """The largest of ``values`` under :func:`severity`; None is passed over, and returned where nothing is left."""
+    """The largest of ``values`` under :func:`severity`, None passed over; None where nothing is left."""
     return max((value for value in values if value is not None), key=severity, default=None)
 
 
 def ratio(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant digits, two beyond the bounds of plain notation: ``0.0123``, ``4.10``, ``1.2e+06``, ``inf``, ``NaN``; None gives a dash."""
+    """``0.0123``, ``4.10``, ``1.2e+06``, ``inf``, ``NaN``; None gives a dash.
+
+    Plain notation between 1e-3 and 1e4, with ``digits`` significant digits; two in scientific notation.
+    """
     if value is None:
         return ABSENT
     if math.isnan(value):

@@ -1,10 +1,11 @@
 """The shared buffer that a kernel's inputs live in, and what the judge knows about it.
 
-The judge copies the *whole storage* of every tensor into one file of shared memory, each storage between two guards of
-poison (0xFF bytes, which are NaN in every floating format), and keeps an image of what it wrote. Tensors are then
-described by shape, strides and offset over their storage, so a stride of 0, a transpose, a slice or an odd alignment
-reaches the kernel as it is, and two views of one storage still share it. After the call the buffer is compared with
-the image: every changed byte is an input that was modified or a write out of bounds.
+The judge copies the *whole storage* of every tensor into one file of shared memory, each storage between two
+guards of poison (0xFF bytes, which are NaN in every floating format), and keeps an image of what it wrote.
+Tensors are then described by shape, strides and offset over their storage, so a stride of 0, a transpose, a
+slice or an odd alignment reaches the kernel as it is, and two views of one storage still share it. After the
+call the buffer is compared with the image: every changed byte is an input that was modified or a write out
+of bounds.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from attnproof.protocol import (
 __all__ = ["GUARD_BYTES", "POISON", "Packed", "mutations", "pack", "tensor_over", "tensors_of"]
 
 GUARD_BYTES: Final = 16384
-"""Poison on each side of a storage: a block of 64 rows of 128 float16 read or written past an end stays inside it."""
+"""Poison on each side of a storage: a block of 64 rows of 128 float16 past an end stays inside it."""
 
 POISON: Final = 0xFF
 _ALIGNMENT: Final = 64
-"""torch aligns CPU storages to 64 bytes; a storage that is not so aligned keeps its distance from the boundary."""
+"""torch aligns CPU storages to 64 bytes; one that is not so aligned keeps its distance from the boundary."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -84,16 +85,21 @@ class _Layout:
         start = -(-(self._end + GUARD_BYTES) // _ALIGNMENT) * _ALIGNMENT + address % _ALIGNMENT
         self.segments.append(Segment(start, size))
         content = torch.empty(0, dtype=torch.uint8)
-        content.set_(storage, 0, (size,), (1,))  # type: ignore[call-overload]
+        content.set_(storage, 0, (size,), (1,))
         self.storages.append(content.numpy())
         self._known[key] = len(self.segments) - 1
         self._end = start + size + GUARD_BYTES
         return self._known[key]
 
     def image(self) -> Bytes:
-        image = np.full(max(self._end, 1), POISON, dtype=np.uint8)
+        """Storages and poison; the size is a multiple of 64."""
+        image = np.empty(-(-(self._end or 1) // _ALIGNMENT) * _ALIGNMENT, dtype=np.uint8)
+        end = 0
         for segment, storage in zip(self.segments, self.storages, strict=True):
-            image[segment.start : segment.start + segment.size] = storage
+            image[end : segment.start] = POISON
+            end = segment.start + segment.size
+            image[segment.start : end] = storage
+        image[end:] = POISON
         return image
 
 
@@ -133,7 +139,7 @@ def _describe(value: Value, name: str, layout: _Layout) -> Argument:
     if value is None or isinstance(value, (bool, int, float, str)):
         return Plain(value)
     raise TypeError(
-        f"{name} is a {type(value).__name__}: a worker takes tensors, None, bool, int, float, str and tuples of these"
+        f"{name} is a {type(value).__name__}: workers take tensors, None, bool, int, float, str, tuples"
     )
 
 
@@ -141,14 +147,14 @@ def _describe_tensor(tensor: torch.Tensor, name: str, layout: _Layout) -> Tensor
     dtype = dtype_name(tensor.dtype)
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or dtype is None:
         raise ValueError(
-            f"{name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}: the judge hands over dense CPU "
-            f"tensors of {', '.join(DTYPES)}; the worker moves them to its device"
+            f"{name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}: the judge "
+            f"hands over dense CPU tensors of {', '.join(DTYPES)}; the worker moves them to its device"
         )
     if tensor.is_conj() or tensor.is_neg():
         raise ValueError(
             f"{name} is a lazy conjugate or negative view: call resolve_conj() or resolve_neg() first"
         )
-    shape, strides, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    shape, strides, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
     return TensorRef(name, dtype, shape, strides, offset, layout.place(tensor))
 
 
@@ -187,7 +193,7 @@ def mutations(packed: Packed, shared: Bytes) -> tuple[Mutation, ...]:
     """
     image = packed.image
     shared = shared[: image.size]
-    if np.array_equal(image, shared):
+    if np.array_equal(image.view(np.uint64), shared.view(np.uint64)):
         return ()
     left = shared.copy()
     changed = left != image
@@ -227,7 +233,7 @@ def _inside(
 
 
 def _guards(changed: Bytes, segments: Sequence[Segment], number: int, name: str) -> list[Mutation]:
-    """The gap between two storages is shared out in the middle: what was hit belongs to the nearer storage."""
+    """The gap between two storages is divided in the middle: what was hit belongs to the nearer storage."""
     segment = segments[number]
     end = segment.start + segment.size
     low = (segments[number - 1].start + segments[number - 1].size + segment.start) // 2 if number else 0

@@ -51,7 +51,7 @@ class Extent:
 
     @classmethod
     def of_reference(cls, ref: TensorRef, segment: int) -> Extent:
-        """Where a described tensor lies if its segment begins at this address; its storage is counted as the tensor's."""
+        """Where a described tensor lies if its segment begins at this address; its storage is itself."""
         itemsize = DTYPES[ref.dtype].itemsize
         own = cls(segment + ref.offset * itemsize, ref.shape, ref.strides, itemsize, (0, 0))
         return cls(own.address, ref.shape, ref.strides, itemsize, (own.address, own.end))

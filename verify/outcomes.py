@@ -1,7 +1,8 @@
 """A call of a kernel in a worker, and every way in which it can end, as plain data.
 
-A :class:`CallRequest` goes in; exactly one of the outcomes comes out. Whatever a kernel does, asking for an outcome
-does not raise: exceptions are the judge's own mistakes (an argument that cannot be sent, a pool that is closed).
+A :class:`CallRequest` goes in; exactly one of the outcomes comes out. Whatever a kernel does, asking for an
+outcome does not raise: exceptions are the judge's own mistakes (an argument that cannot be sent, a pool that
+is closed).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ Phase = Literal["start", "import", "forward", "backward"]
 class CallRequest:
     """One call of one kernel.
 
-    Tensors are CPU tensors with the shape, strides, storage offset, aliasing and alignment that the kernel shall see:
-    whole storages are copied into shared memory, so a view arrives as the view that it is.
+    Tensors are CPU tensors with the shape, strides, storage offset, aliasing and alignment that the kernel
+    shall see: whole storages are copied into shared memory, so a view arrives as the view that it is.
 
     Attributes:
         kernel: what :func:`attnproof.targets.describe` gives.
@@ -106,8 +107,8 @@ class Mutation:
         where: "element" of a tensor; "storage" for bytes of its storage that belong to no tensor of the call;
             "guard before" or "guard after" for the poison around the storage.
         tensor: name of the tensor; where storages are shared, of each tensor concerned.
-        index: first changed element's index in the tensor ("element"), else its distance in bytes: from the storage's
-            start, or from the storage's edge into the guard, each counted from 0.
+        index: first changed element's index in the tensor ("element"), else its distance in bytes: from the
+            storage's start, or from the storage's edge into the guard, each counted from 0.
         count: changed elements of the tensor, else changed bytes.
         before: first changed element as it was, as text; empty unless "element".
         after: the same as it became.
@@ -123,7 +124,8 @@ class Mutation:
     def __str__(self) -> str:
         if self.where == "element":
             at = f"{self.tensor}[{', '.join(map(str, self.index))}]" if self.index else self.tensor
-            return f"{at} changed from {self.before} to {self.after} ({self.count} elements of {self.tensor} changed)"
+            change = f"{at} changed from {self.before} to {self.after}"
+            return f"{change}; elements of {self.tensor} changed: {self.count}"
         place = {"storage": "inside the storage of", "guard before": "before", "guard after": "after"}[
             self.where
         ]
@@ -170,9 +172,10 @@ class Observed:
         elapsed: seconds on the judge's clock, a process start and an import included where there was one.
         pid: the worker's process id.
         isolation: "none" if the call ran inside the judge's own process.
-        residue: what the call left behind that could not be undone (threads, children); the worker was replaced.
-        effects: what the call changed in its process (default dtype, working directory, a patched torch function,
-            an input's metadata); undone before the next call.
+        residue: what the call left behind that could not be undone (threads, children); the worker was
+            replaced.
+        effects: what the call changed in its process (default dtype, working directory, a patched torch
+            function, an input's metadata); undone before the next call.
     """
 
     output: CapturedOutput
@@ -253,7 +256,7 @@ class Crashed(Observed):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TimedOut(Observed):
-    """No answer within ``limit`` seconds; ``output.tail`` ends with the stack of where it was, if it could be had."""
+    """No answer within ``limit`` seconds; ``output.tail`` ends with the Python stacks, if there were any."""
 
     limit: float
     phase: Phase
@@ -277,7 +280,7 @@ class OutOfMemory(Observed):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Flooded(Observed):
-    """The call wrote more than ``limit`` bytes to stdout and stderr; ``ended`` tells how it ended all the same."""
+    """More than ``limit`` bytes went to stdout and stderr; ``ended`` tells how the call ended nonetheless."""
 
     limit: int
     ended: Returned | Declined | Raised | Crashed | TimedOut | OutOfMemory

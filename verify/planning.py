@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
+from attnproof.calibration import stored_finding
 from attnproof.interface import make_subject
 from attnproof.outcomes import CallRequest, Raised, Returned
 from attnproof.properties.case import Case
@@ -116,10 +117,11 @@ def default_plan(
 
 
 def findings() -> list[Finding]:
-    """Claims checked in every run: the worked example of the first source article."""
+    """Claims checked in every run (the worked example of the first source article), and the stored calibration."""
     told = []
     for claim in worked_example.findings():
         fields = asdict(claim)
         table = fields.pop("table")
         told.append(Finding(**fields, series=(Series(claim.name, "table", table, "row", "column"),)))
-    return told
+    calibration = stored_finding()
+    return told if calibration is None else [*told, calibration]

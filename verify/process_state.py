@@ -1,10 +1,10 @@
 """What a kernel must not leave behind in its process, watched and put right after every call.
 
-Three kinds of traces. *Settings* (default dtype, grad mode, working directory, environment, rounding mode, ...) and
-*patched names* of torch, builtins and a few modules are compared with what they were, put back, and reported as
-effects. *Residue* (threads, child processes, an inference mode that was entered and never left) cannot be undone; it
-is reported, and the judge replaces the worker. Everything here keeps its own references to what it calls, taken
-before a kernel is imported, so that a patched name does not blind it.
+Three kinds of traces. *Settings* (default dtype, grad mode, working directory, environment, rounding mode,
+...) and *patched names* of torch, builtins and a few modules are compared with what they were, put back, and
+reported as effects. *Residue* (threads, child processes, an inference mode that was entered and never left)
+cannot be undone; it is reported, and the judge replaces the worker. Everything here keeps its own references
+to what it calls, taken before a kernel is imported, so that a patched name does not blind it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
+from torch.nn import functional
 from torch.utils import _device as torch_device
 
 __all__ = ["ProcessState"]
 
-_THREAD_GRACE_S: Final = 0.05
-"""A thread that is about to end is given this long before it counts as left behind."""
+_GRACE_S: Final = 0.2
+"""A thread or a child that is about to end is given this long before it counts as left behind."""
 
 _TEXT_LIMIT: Final = 120
 _libm: Final = ctypes.CDLL(None)
 _enumerate_threads, _join, _children_of = threading.enumerate, threading.Thread.join, os.listdir
+_clock, _sleep = time.monotonic, time.sleep
 _waitid, _PEEK = os.waitid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-_set_attribute, _get_attribute = setattr, getattr
+_set_attribute, _get_attribute, _delete_attribute = setattr, getattr, delattr
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,46 +118,37 @@ _SETTINGS: Final = (
 
 
 class _Names:
-    """The callables of some namespaces, as they were."""
+    """The callables of some namespaces, as they were; what a class inherits counts as absent from it."""
 
     def __init__(self) -> None:
-        modules = (
-            torch,
-            torch.Tensor,
-            functional,
-            torch.linalg,
-            torch.special,
-            torch.autograd,
-            builtins,
-            math,
-            time,
-            os,
-        )
+        modules = (torch, functional, torch.linalg, torch.special, torch.autograd, builtins, math, time, os)
         optional = (sys.modules.get(name) for name in ("triton", "triton.language"))
         self._spaces: list[tuple[Any, list[str], list[Any]]] = []
         for space in (*modules, *(module for module in optional if module is not None)):
-            items = [(name, value) for name, value in vars(space).items() if callable(value)]
-            self._spaces.append((space, [name for name, _ in items], [value for _, value in items]))
+            names = [name for name, value in vars(space).items() if callable(value)]
+            self._add(space, names)
+        self._add(torch.Tensor, dir(torch.Tensor))
+
+    def _add(self, space: Any, names: list[str]) -> None:
+        self._spaces.append((space, names, list(map(vars(space).get, names))))
 
     def changed(self) -> list[tuple[Any, str, Any]]:
-        """(namespace, name, what it was) of each name that now means something else."""
+        """(namespace, name, what it was or None) of each name that now means something else."""
         found: list[tuple[Any, str, Any]] = []
         for space, names, values in self._spaces:
             # All in C while nothing changed: about 3,000 names in 0.1 ms.
             now = list(map(vars(space).get, names))
             if not all(map(operator.is_, now, values)):
-                found.extend(
-                    (space, n, was)
-                    for n, is_now, was in zip(names, now, values, strict=True)
-                    if is_now is not was
-                )
+                pairs = zip(names, now, values, strict=True)
+                found.extend((space, name, was) for name, is_now, was in pairs if is_now is not was)
         return found
 
 
 class ProcessState:
     """A record of the process, compared after each call.
 
-    Make one before the kernel is imported; call :meth:`accept` after the import, :meth:`settle` after each call.
+    Make one before the kernel is imported; call :meth:`accept` after the import, :meth:`unpatch` as soon as
+    the kernel returns, before its result is looked at, and :meth:`settle` at the end of each call.
     """
 
     def __init__(self) -> None:
@@ -176,10 +168,13 @@ class ProcessState:
         self._record()
         return effects
 
+    def unpatch(self) -> list[str]:
+        """Put replaced names back; return which, as text."""
+        return self._changed_names(restore=True)
+
     def settle(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Put back what a call changed; return (effects, residue) as text."""
-        names = self._changed_names(restore=True)
-        effects = (*names, *self._changed_settings(restore=True))
+        effects = (*self.unpatch(), *self._changed_settings(restore=True))
         return effects, (*self._left_modes(), *self._left_threads(), *self._left_children())
 
     def _changed_settings(self, *, restore: bool) -> list[str]:
@@ -202,7 +197,10 @@ class ProcessState:
             effects.append(f"{_get_attribute(space, '__name__', space)}.{name} was replaced")
             if restore:
                 try:
-                    _set_attribute(space, name, was)
+                    if was is None:
+                        _delete_attribute(space, name)
+                    else:
+                        _set_attribute(space, name, was)
                 except (AttributeError, TypeError) as error:
                     effects.append(f"{name} could not be put back: {error}")
         return effects
@@ -215,13 +213,20 @@ class ProcessState:
     def _left_threads(self) -> list[str]:
         left = [thread for thread in _enumerate_threads() if thread not in self._threads]
         for thread in left:
-            _join(thread, _THREAD_GRACE_S / len(left))
-        return [f"thread {thread.name!r} is still running" for thread in left if thread.is_alive()]
+            if not isinstance(
+                thread, threading._DummyThread
+            ):  # one that native code started cannot be joined
+                _join(thread, _GRACE_S / len(left))
+        left = [thread for thread in left if thread.is_alive()]
+        self._threads.update(left)
+        return [f"thread {thread.name!r} is still running" for thread in left]
 
     def _left_children(self) -> list[str]:
-        return [
-            f"child process {pid} is still running" for pid in _living_children() if pid not in self._children
-        ]
+        deadline = _clock() + _GRACE_S
+        while (left := set(_living_children()) - self._children) and _clock() < deadline:
+            _sleep(_GRACE_S / 10)
+        self._children |= left
+        return [f"child process {pid} is still running" for pid in sorted(left)]
 
 
 def _modes() -> dict[str, object]:
@@ -233,7 +238,7 @@ def _modes() -> dict[str, object]:
 
 
 def _living_children() -> list[int]:
-    """Children that still run, daemons included (the worker is their subreaper); a dead one is left to be reaped."""
+    """Children that still run, daemons included, as the worker is their subreaper; none is reaped."""
     living: list[int] = []
     for thread in _children_of("/proc/self/task"):
         try:

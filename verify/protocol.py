@@ -1,9 +1,10 @@
 """What judge and worker say to each other: typed frames over a pair of pipes.
 
-A frame is a 16-byte prefix (magic, header length, body length), a msgpack header that must decode to one of the
-structs below, and raw bytes. Nothing from a worker is ever unpickled or evaluated. Every length is checked against a
-limit before memory is set aside for it, and every claim of a header (dtype, shape, place in the body) against the
-body, so a worker that writes garbage costs its judge a :class:`ProtocolError` and nothing else.
+A frame is a 16-byte prefix (magic, header length, body length), a msgpack header that must decode to one of
+the structs below, and raw bytes. Nothing from a worker is ever unpickled or evaluated. Every length is
+checked against a limit before memory is set aside for it, and every claim of a header (dtype, shape, place
+in the body) against the body, so a worker that writes garbage costs its judge a :class:`ProtocolError` and
+nothing else.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ BODY_ALIGNMENT: Final = 64
 """Tensors start at multiples of this in a body, so that the judge can read them in place."""
 
 _NAMES: Final = (
-    "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128 "
-    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
+    "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 "
+    "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
 ).split()
 DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)
@@ -115,7 +116,7 @@ Argument = TensorRef | Plain | Group
 
 
 class Bind(msgspec.Struct, frozen=True, tag="bind"):
-    """To a worker: the one kernel that it will serve. With an empty target, the body holds its cloudpickle bytes."""
+    """To a worker: the one kernel that it serves. With an empty target, the body is its cloudpickle bytes."""
 
     target: str
     device: str
@@ -126,7 +127,7 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
-    """To a worker: one call. ``number`` comes back in the reply; ``shared_bytes`` is the size of the shared file."""
+    """To a worker: one call. ``number`` comes back in the reply; ``shared_bytes`` is the file's size."""
 
     number: int
     shared_bytes: int
@@ -187,7 +188,7 @@ Node = TensorNode | Opaque | Sequenced
 
 
 class TensorData(msgspec.Struct, frozen=True):
-    """A tensor that came back: ``start`` is the place of its contiguous bytes in the body, ``strides`` what it had."""
+    """A tensor that came back: ``start`` is where its contiguous bytes begin, ``strides`` those it had."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -229,7 +230,7 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class GradientData(msgspec.Struct, frozen=True):
-    """The gradient of one input: its place in ``Reply.tensors``, or None where autograd found no path to it."""
+    """The gradient of an input: its place in ``Reply.tensors``, or None where no path led to it."""
 
     name: str
     index: int | None
@@ -363,8 +364,8 @@ def check_reply(reply: Reply, body_size: int, number: int) -> None:
     """Hold a reply's claims against its body.
 
     Raises:
-        ProtocolError: another call's number, an unknown dtype, a shape or a place that the body cannot contain, or
-            a value that refers to a tensor that was not sent.
+        ProtocolError: another call's number, an unknown dtype, a shape or a place that the body cannot
+            contain, or a value that refers to a tensor that was not sent.
     """
     if reply.number != number:
         raise ProtocolError(f"a reply to call {reply.number}, call {number} was made")

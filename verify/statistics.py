@@ -18,8 +18,9 @@ import torch
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.families.base import Budget
 
-__all__ = ["Deviation", "Thresholds", "deviation", "thresholds_for", "width_bin"]
+__all__ = ["ANY_CLASS", "Deviation", "Thresholds", "deviation", "stored_thresholds", "threshold_key", "thresholds_for", "width_bin"]
 
+ANY_CLASS = "any"
 # A signed mean counts only when it is this many of its standard errors from zero, in addition to its size.
 _SIGNIFICANT = 6.0
 
@@ -117,7 +118,8 @@ def width_bin(width: int) -> str:
 
 
 @functools.cache
-def _table() -> Mapping[str, Thresholds]:
+def stored_thresholds() -> Mapping[str, Thresholds]:
+    """The committed thresholds by key (:func:`threshold_key`)."""
     text = resources.files("attnproof.data").joinpath("thresholds.json").read_bytes()
     stored: dict[str, Thresholds] = msgspec.json.decode(text, type=dict[str, Thresholds])
     return stored
@@ -129,5 +131,10 @@ def threshold_key(family: str, output: str, dtype: str, regime_class: str, width
 
 
 def thresholds_for(family: str, output: str, dtype: str, regime_class: str, width: int) -> Thresholds | None:
-    """The stored thresholds, or None where nothing was calibrated (float64): then only certain budgets judge."""
-    return _table().get(threshold_key(family, output, dtype, regime_class, width))
+    """The stored thresholds, or None where nothing was calibrated (float64): then only certain budgets judge.
+
+    Classes with too few cases for a fit of their own are held to that of all classes together.
+    """
+    stored = stored_thresholds()
+    own = stored.get(threshold_key(family, output, dtype, regime_class, width))
+    return own or stored.get(threshold_key(family, output, dtype, ANY_CLASS, width))

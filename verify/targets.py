@@ -1,8 +1,10 @@
-"""Kernels by name: ``package.module:attribute`` to a callable, and a callable to what a worker process can load.
+"""Kernels by name: from ``package.module:attribute`` to a callable, and from a callable to what a worker
+loads.
 
-A target is resolved where the kernel runs, in a worker, never in the judge. :func:`describe` goes the other way: it
-turns a callable that a test holds into a target if a fresh interpreter can import it, and into cloudpickle bytes if
-not. Those bytes only ever travel *to* a worker; nothing that a worker sends is unpickled.
+A target is resolved where the kernel runs, in a worker, never in the judge. :func:`describe` goes the other
+way: it turns a callable that a test holds into a target if a fresh interpreter can import it, and into
+cloudpickle bytes if not. Those bytes only ever travel *to* a worker; nothing that a worker sends is
+unpickled.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 
 __all__ = ["Importable", "KernelSource", "Pickled", "TargetError", "describe", "resolve"]
 
@@ -67,11 +69,12 @@ def resolve(target: str) -> Callable[..., Any]:
     """Import the callable that a target names.
 
     Args:
-        target: ``package.module:attribute``; the attribute may be dotted and may come from a module's ``__getattr__``.
+        target: ``package.module:attribute``; the attribute may be dotted and may come from a module's
+            ``__getattr__``.
 
     Raises:
-        TargetError: the text is no target, the module cannot be imported (with the original error and its place),
-            the attribute does not exist (with the nearest names), or what it names cannot be called.
+        TargetError: the text is no target, the module cannot be imported (with the original error and its
+            place), the attribute does not exist (with the nearest names), or what it names cannot be called.
     """
     module_name, separator, attribute = target.partition(":")
     if not separator or not module_name or not attribute or not all(attribute.split(".")):
@@ -98,9 +101,9 @@ def resolve(target: str) -> Callable[..., Any]:
 def describe(function: Callable[..., Any] | str) -> KernelSource:
     """State how a worker gets hold of a callable.
 
-    Importable callables are named: the name must lead back to the same object, and a finder must see the module (a
-    test module that pytest loaded in ``importlib`` mode is in ``sys.modules`` alone). All others are pickled by
-    value, together with what they use of such an unreachable module.
+    Importable callables are named: the name must lead back to the same object, and a finder must see the
+    module (a test module that pytest loaded in ``importlib`` mode is in ``sys.modules`` alone). All others
+    are pickled by value, together with what they use of such an unreachable module.
 
     Args:
         function: the callable, or a target, which is passed on unread.
@@ -112,7 +115,7 @@ def describe(function: Callable[..., Any] | str) -> KernelSource:
         return Importable(function)
     if not callable(function):
         raise TargetError(
-            f"a kernel is a callable or a target such as 'package.module:name', not a {_kind(function)}"
+            f"a kernel is a callable or a target such as 'package.module:name', got {_kind(function)}"
         )
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if isinstance(module, str) and isinstance(name, str) and _leads_to(module, name, function):
@@ -160,7 +163,8 @@ def _missing_attribute(target: str, path: str, owner: Any, name: str, error: Att
         name, [entry for entry in dir(owner) if entry != name], _NEAREST_NAMES
     )
     hint = f"; nearest names: {', '.join(nearest)}" if nearest else ""
-    # An AttributeError that a module's own __getattr__ raised for another reason must not read like a spelling mistake.
+    # An AttributeError that a module's own __getattr__ raised for another reason must not read like a
+    # spelling mistake.
     cause = "" if getattr(error, "name", name) in (name, None) else f" ({error})"
     return f"target {target!r}: {path} has no attribute {name!r}{cause}{hint}"
 

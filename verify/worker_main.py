@@ -1,8 +1,10 @@
-"""The process that runs one kernel: ``python -m attnproof.worker_main``, started by :mod:`attnproof.workers` alone.
+"""The process that runs one kernel: ``python -m attnproof.worker_main``, started by :mod:`attnproof.workers`
+alone.
 
-It talks over pipes of its own, moved to high descriptors and closed on exec; its stdin is empty, its stdout and
-stderr belong to the kernel and are read by the judge. It ends when its command pipe closes, and the kernel (of the
-operating system) kills its process group when the judge's end of the lifeline goes away, whatever the worker is doing.
+It talks over pipes of its own, moved to high descriptors and closed on exec; its stdin is empty, its stdout
+and stderr belong to the kernel and are read by the judge. It ends when its command pipe closes, and the
+kernel (of the operating system) kills its process group when the judge's end of the lifeline goes away,
+whatever the worker is doing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 import torch
 
 from attnproof.process_state import ProcessState
@@ -47,7 +49,7 @@ STACK_SIGNAL: Final = signal.SIGUSR2
 """The judge sends this before it kills a worker that hangs: the Python stacks then appear on its stderr."""
 
 _FIRST_DESCRIPTOR: Final = 700
-"""Own descriptors start here where the limit on open files allows it, away from the numbers that loops close."""
+"""Own descriptors start here if the limit on open files allows it, away from the numbers that loops close."""
 
 _F_SETSIG: Final = 10
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -96,11 +98,12 @@ class _Server:
 
     def _bound(self, bind: Bind, payload: bytearray) -> Bound:
         begin = time.perf_counter()
-        sys.path[:] = bind.path
         self._bind = bind
         trouble = None
         try:
+            sys.path[:] = bind.path
             os.chdir(bind.directory)
+            self._state.accept()
             with device_context(bind.device):
                 self._function = resolve(bind.target) if bind.target else cloudpickle.loads(bytes(payload))
             if bind.device.startswith("cuda"):
@@ -164,7 +167,8 @@ def _duplicate(descriptor: int) -> int:
 
 
 def _die_with_judge(lifeline: int) -> None:
-    """Have the whole group killed when the lifeline's other end closes; no thread of ours needs to run for it.
+    """Have the whole group killed when the lifeline's other end closes; no thread of ours needs to run for
+    it.
 
     PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the worker ends.
     """
@@ -179,7 +183,7 @@ def _die_with_judge(lifeline: int) -> None:
 
 
 def main(descriptors: list[str]) -> None:
-    """Serve calls; ``descriptors`` are the numbers of the command, reply, lifeline and shared-memory files."""
+    """Serve calls; ``descriptors`` are the numbers of the command, reply, lifeline and shared-memory file."""
     commands, replies, lifeline, shared = (_hide(int(number)) for number in descriptors)
     stack = _duplicate(2)
     with contextlib.suppress(

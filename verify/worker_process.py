@@ -1,7 +1,8 @@
 """A worker's process as the judge sees it: pipes, shared memory, limits, and the end of it.
 
-:class:`WorkerProcess` moves frames and bytes and watches the clock and the memory; it knows nothing of kernels. All
-waiting happens in the calling thread: no thread of the judge's own can be left behind or blocked by a worker.
+:class:`WorkerProcess` moves frames and bytes and watches the clock and the memory; it knows nothing of
+kernels. All waiting happens in the calling thread: no thread of the judge's own can be left behind or
+blocked by a worker.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from attnproof.arena import POISON
 from attnproof.outcomes import CapturedOutput
@@ -37,7 +38,14 @@ from attnproof.protocol import (
 )
 from attnproof.worker_main import STACK_SIGNAL
 
-__all__ = ["ExceededMemoryError", "Limits", "LostContactError", "OutOfTimeError", "WorkerProcess", "worker_environment"]
+__all__ = [
+    "ExceededMemoryError",
+    "Limits",
+    "LostContactError",
+    "OutOfTimeError",
+    "WorkerProcess",
+    "worker_environment",
+]
 
 _TICK_S: Final = 0.05
 """Between two looks at a busy worker's memory and pulse; answers wake the judge at once."""
@@ -57,8 +65,8 @@ class Limits:
     """What a worker may use.
 
     Attributes:
-        memory: bytes beyond those of the idle worker, kernel imported: address space from inside, resident bytes
-            (children included) from outside.
+        memory: bytes beyond those of the idle worker, kernel imported: address space from inside, resident
+            bytes (children included) from outside.
         timeout: seconds of a call, its repeats and backward passes included.
         start_timeout: seconds for starting a process, and again for importing a kernel.
         output: bytes of stdout and stderr from which a call counts as flooding.
@@ -91,12 +99,14 @@ class ExceededMemoryError(Exception):
 
 
 def worker_environment(token: str) -> dict[str, str]:
-    """The judge's environment with one thread for every library, the judge's import path, and a private Triton cache."""
+    """The judge's environment and import path, one thread a library, a Triton cache of the user's own."""
     environment = dict(os.environ)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         environment[name] = "1"
     cache = Path(tempfile.gettempdir()) / f"attnproof-triton-{os.getuid()}"
-    environment.setdefault("TRITON_CACHE_DIR", str(cache))
+    if "TRITON_CACHE_DIR" not in environment:
+        cache.mkdir(mode=0o700, exist_ok=True)
+        environment["TRITON_CACHE_DIR"] = str(cache)
     # torch.compile's pool of compile processes would count as children left behind.
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -157,7 +167,7 @@ class WorkerProcess:
         return self._size
 
     def write_shared(self, image: npt.NDArray[np.uint8]) -> int:
-        """Put an image at the start of the shared file, poison where an earlier one was longer; return its size."""
+        """Write an image to the shared file, and poison after it; return the file's size."""
         if self._map is None or len(self._map) < image.size:
             size = max(1 << 20, 1 << (image.size - 1).bit_length())
             os.ftruncate(self._memory, size)
@@ -305,9 +315,11 @@ class WorkerProcess:
             family = self._monitor.children(recursive=True)
         self.interrupt()
         self._process.wait()
-        for relative in {*family, *self._orphans()}:
+        relatives = {*family, *self._orphans()}
+        for relative in relatives:
             with contextlib.suppress(psutil.Error):
                 relative.kill()
+        psutil.wait_procs(relatives, timeout=_EXIT_GRACE_S)
         if not self._closed:
             self._drain()
 

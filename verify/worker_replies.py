@@ -1,4 +1,4 @@
-"""Between a request and a message, and between a reply and an outcome: conversions without a process in sight."""
+"""From a request to a message, and from a reply to an outcome; no process is involved."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def message_for(request: CallRequest, packed: arena.Packed, number: int, shared_
 
 
 def outcome_of_trouble(
-    trouble: Trouble, circumstances: Circumstances, limits: Limits
+    trouble: Trouble, circumstances: Circumstances, memory_limit: int
 ) -> Raised | Declined | OutOfMemory:
     """The outcome of a call, or an import, that raised."""
     told = circumstances.fields()
@@ -97,7 +97,7 @@ def outcome_of_trouble(
         message = f"{trouble.type}: {trouble.message}"
         return OutOfMemory(limit=memory_limit, resident=None, phase=phase, message=message, **told)
     return Raised(
-        type=trouble.type, message=trouble.message, traceback=trouble.traceback, phase=phase, **fields
+        type=trouble.type, message=trouble.message, traceback=trouble.traceback, phase=phase, **told
     )
 
 

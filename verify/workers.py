@@ -1,11 +1,12 @@
-"""Kernels under test, called from outside: one process a kernel, killed when it hangs, replaced when it breaks.
+"""Kernels under test, called from outside: one process a kernel, killed when it hangs, replaced when it
+breaks.
 
     with WorkerPool(jobs=2) as pool:
         outcome = pool.call(CallRequest(describe(attention), arguments=(q, k, v), keywords={"scale": 0.125}))
 
-A :class:`Worker` is one process that serves one kernel on one device; a :class:`WorkerPool` hands calls of several
-judge threads to workers, replaces those that died or were left dirty, and starts processes ahead, because importing
-torch takes seconds. Every call gives exactly one outcome of :mod:`attnproof.outcomes`.
+A :class:`Worker` is one process that serves one kernel on one device; a :class:`WorkerPool` hands calls of
+several judge threads to workers, replaces those that died or were left dirty, and starts processes ahead,
+because importing torch takes seconds. Every call gives exactly one outcome of :mod:`attnproof.outcomes`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from types import TracebackType
 from typing import Any, Final
 
 from attnproof import arena
+from attnproof.in_process import InProcess
 from attnproof.outcomes import (
     CallRequest,
-    CapturedOutput,
     Crashed,
     Declined,
     Flooded,
@@ -62,11 +63,11 @@ from attnproof.worker_replies import (
     outcome_of_trouble,
 )
 
-__all__ = ["CallRequest", "InProcess", "Limits", "Outcome", "Worker", "WorkerPool"]
+__all__ = ["CallRequest", "Limits", "Outcome", "Worker", "WorkerPool"]
 
 _MIN_CALLS: Final = 100
 _RESIDUE_RESTARTS: Final = 3
-"""A kernel that leaves threads or children behind in every call is given this many fresh workers, then keeps one."""
+"""A kernel that leaves threads or children behind each time gets this many fresh workers, then keeps one."""
 
 _BROKEN_ALLOCATION: Final = "std::bad_alloc"
 _EndedCall = Returned | Declined | Raised | Crashed | TimedOut | OutOfMemory
@@ -78,7 +79,8 @@ class Worker:
     Args:
         limits: what it may use.
 
-    The process is started at once and warms up by itself; the first call binds it to that call's kernel and device.
+    The process is started at once and warms up by itself; the first call binds it to that call's kernel and
+    device.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -105,7 +107,8 @@ class Worker:
         """Make one call and tell how it ended.
 
         Raises:
-            ValueError: this worker serves another kernel or device, is closed, or cannot be sent these arguments.
+            ValueError: this worker serves another kernel or device, is closed, or cannot be sent these
+                arguments.
             TypeError: an argument of a kind that cannot be sent.
         """
         key = (request.kernel, request.device)
@@ -118,7 +121,11 @@ class Worker:
         check_device(request.device)
         packed = arena.pack(request)
         begin = time.monotonic()
-        ended = self._ended(request, packed, begin)
+        try:
+            ended = self._ended(request, packed, begin)
+        except BaseException:  # such as Ctrl-C: an answer that is still to come would go to the next call
+            self.close()
+            raise
         self.calls += 1
         if ended.output.size > self._limits.output:
             return Flooded(limit=self._limits.output, ended=ended, **Circumstances.of(ended).fields())
@@ -135,7 +142,9 @@ class Worker:
             if self._bound is None:
                 self._bind(request.kernel, request.device)
             if self._failed_import is not None:
-                return outcome_of_trouble(self._failed_import, self._circumstances(begin, ()), self._limits.memory)
+                return outcome_of_trouble(
+                    self._failed_import, self._circumstances(begin, ()), self._limits.memory
+                )
             phase = "forward"
             limit = request.timeout or self._limits.timeout
             number = next(self._numbers)
@@ -249,65 +258,6 @@ class Worker:
         self.close()
 
 
-class InProcess:
-    """The interface of :class:`Worker` without a process, for a debugger: no limits, no capture, no protection.
-
-    Outcomes say so in ``isolation``. Ctrl-C is the user's here and propagates.
-    """
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
-        self._functions: dict[KernelSource, Any] = {}
-
-    def call(self, request: CallRequest) -> Outcome:
-        """Make one call in this process; raises what :meth:`Worker.call` raises for arguments, and KeyboardInterrupt."""
-        import cloudpickle
-
-        from attnproof.process_state import ProcessState
-        from attnproof.targets import resolve
-        from attnproof.worker_call import device_context, perform, trouble_of
-
-        check_device(request.device)
-        packed = arena.pack(request)
-        begin = time.monotonic()
-        shared = packed.image.copy()
-        source = request.kernel
-
-        def circumstances(reply: Reply | None) -> Circumstances:
-            effects = reply.effects if reply is not None else ()
-            changed = arena.mutations(packed, shared)
-            elapsed = time.monotonic() - begin
-            return Circumstances(CapturedOutput(), changed, elapsed, os.getpid(), "none", (), effects)
-
-        if source not in self._functions:
-            try:
-                with device_context(request.device):
-                    self._functions[source] = (
-                        resolve(source.target)
-                        if isinstance(source, Importable)
-                        else cloudpickle.loads(source.payload)
-                    )
-            except Exception as error:
-                return outcome_of_trouble(trouble_of(error, "import"), circumstances(None), self._limits.memory)
-        call = message_for(request, packed, 0, shared.size)
-        reply, chunks = perform(
-            self._functions[source],
-            call,
-            shared,
-            request.device,
-            self._limits.result,
-            ProcessState(),
-            propagate=(KeyboardInterrupt,),
-        )
-        if reply.trouble is not None:
-            return outcome_of_trouble(reply.trouble, circumstances(reply), self._limits.memory)
-        return outcome_of_reply(reply, bytearray(b"".join(chunks)), circumstances(reply).fields())
-
-    def close(self) -> None:
-        """Forget the kernels."""
-        self._functions.clear()
-
-
 class WorkerPool:
     """Workers for calls from several judge threads.
 
@@ -315,7 +265,8 @@ class WorkerPool:
         jobs: calls that run at the same time; further callers wait.
         limits: what each worker may use; the default is 4 GiB, 60 s a call, 16 MiB of output.
         calls_per_worker: calls of one kernel after which its worker is replaced, at least 100.
-        spares: processes that are started ahead, so that the next kernel need not wait for torch to be imported.
+        spares: processes that are started ahead, so that the next kernel need not wait for torch to be
+            imported.
         isolation: "process", or "none" to run everything in this process, one call at a time, for debugging.
         memory_limit: bytes, in place of ``limits.memory``.
         timeout: seconds of a call, in place of ``limits.timeout``.
@@ -337,8 +288,9 @@ class WorkerPool:
     ) -> None:
         if jobs < 1 or spares < 0 or calls_per_worker < _MIN_CALLS:
             raise ValueError(
-                f"jobs={jobs}, spares={spares}, calls_per_worker={calls_per_worker}: at least 1 job, no negative "
-                f"number of spares, and at least {_MIN_CALLS} calls a worker (fewer would hide what depends on history)"
+                f"jobs={jobs}, spares={spares}, calls_per_worker={calls_per_worker}: at least 1 job, "
+                f"no negative number of spares, and at least {_MIN_CALLS} calls a worker, as fewer "
+                "would hide what depends on history"
             )
         limits = limits or Limits()
         self._limits = replace(

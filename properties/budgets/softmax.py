@@ -100,8 +100,8 @@ def attention_budgets(
     rescales = (row.count + 2.0) * r.exp
     argument = 2.0 * r.elementwise * (2.0 * row.distance + row.largest.abs())
     certain_e = torch.where(row.p > 0, certain_e + argument + rescales, 0.0)
-    exact = _exact_rows(problem, row, v)
-    certain_e = torch.where(exact, 0.0, certain_e)
+    exact, exact_e = _exact_rows(problem, row, v, r)
+    certain_e = torch.where(exact, exact_e, certain_e)
     variance_e = variance_e + ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2) / 3.0
     budgets = {"o": _output_budget(problem, reference["o"], contract, r, row, v, certain_e, variance_e, logits, exact)}
     if "lse" in reference:
@@ -176,19 +176,38 @@ def _with_sink(
     )
 
 
-def _exact_rows(problem: SoftmaxProblem, row: Row, v: torch.Tensor) -> torch.Tensor:
-    """Rows in which every logit is exactly 0 or so low that its weight vanishes in float32, (B, H, M, 1).
+def _exact_rows(problem: SoftmaxProblem, row: Row, v: torch.Tensor, r: Roundings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, H, M, 1) in which every logit is exactly 0 or so low that its weight vanishes, and errors of their logits.
 
-    There the exponentials are exactly 1 or 0 in any algorithm that subtracts the maximum; with V on a coarse grid the
-    sums are exact as well, and only P's storage, the division and the output round.
+    There the exponentials are 1 or 0 in any algorithm that subtracts the maximum, but for what a sum of products that
+    cancel may lose; with V on a coarse grid the sums are exact as well, and only P's storage, the division and the
+    output round.
     """
-    zero_products = (problem.q.double().abs() @ problem.keys().double().abs().transpose(-1, -2)) == 0
-    if row.x.shape[-1] > zero_products.shape[-1]:
-        return torch.zeros_like(row.count, dtype=torch.bool)
-    zero = (row.x == 0) & (zero_products if zero_products.shape[-1] else True)
+    if row.x.shape[-1] != problem.seen.shape[-1] or not problem.seen.shape[-1]:
+        return torch.zeros_like(row.count, dtype=torch.bool), torch.zeros_like(row.x)
+    q, kt = problem.q.double(), problem.keys().double().transpose(-1, -2)
+    terms = (q != 0).double() @ (kt != 0).double()
+    # Two opposite products cancel in any order; more may leave the rounding of a partial sum.
+    lost = growth(terms, r.accumulate) * abs(problem.scale) * (q.abs() @ kt.abs())
+    zero = (row.x == 0) & _cancels(q, kt)
     vanishing = row.x <= -150.0
     grid = bool((v == v.round()).all()) and float(v.abs().sum(-2).max() if v.numel() else 0.0) < 2.0**24
-    return (zero | vanishing).all(-1, keepdim=True) & (row.largest == 0) & (row.count > 0) & grid
+    exact = (zero | vanishing).all(-1, keepdim=True) & (row.largest == 0) & (row.count > 0) & grid
+    return exact, torch.where(zero & (terms > 2), lost, 0.0)
+
+
+def _cancels(q: torch.Tensor, kt: torch.Tensor) -> torch.Tensor:
+    """Pairs (B, H, M, N) whose dot product is 0 however a kernel scales and rounds its operands, sums apart.
+
+    That is: every nonzero product has an opposite with factors of the same magnitudes. A distortion of magnitudes that
+    has no other symmetry keeps the dot product 0 in just that case.
+    """
+
+    def distorted(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.5 + 0.5 * torch.sin(x.abs() * 1e3 + 1.0))
+
+    dq, dk = distorted(q), distorted(kt)
+    return (dq @ dk).abs() <= 1e-13 * (dq.abs() @ dk.abs())
 
 
 def _output_budget(
@@ -340,6 +359,9 @@ def _limits(
     poisoned = broadcast_mask(problem.undetermined(), shape)
     threatened = broadcast_mask(_may_overflow(problem, r, row, logits, gauge), shape) & ~poisoned
     keyless = broadcast_mask(problem.keyless(), shape) & ~poisoned & ~threatened
+    leaking = torch.zeros_like(poisoned)
+    if contract.unseen_nonfinite == "may-leak":
+        leaking = broadcast_mask(problem.tainted, shape) & ~poisoned
     asked = contract.empty_row if output == "o" else contract.empty_lse
     open_rows = keyless if asked == "undefined" else torch.zeros_like(keyless)
     if output == "lse" and problem.sink_present is not None:
@@ -348,7 +370,7 @@ def _limits(
     literal = {}
     if asked != "undefined":
         value = {"zero": 0.0, "nan": math.nan, "-inf": -math.inf, "+inf": math.inf}[asked]
-        literal = {value: keyless & ~open_rows}
+        literal = {value: keyless & ~open_rows & ~leaking}
     stored = problem.q.dtype if output == "o" else None
     largest = LARGEST[dtype_name(stored)] if stored is not None else r.largest
     overflow = exact.abs() - certain > largest
@@ -356,12 +378,13 @@ def _limits(
     reasons = {
         "the row sees a non-finite input": int(poisoned.sum()),
         "an intermediate may overflow": int(threatened.sum()),
+        "an unseen key is non-finite and the kernel declares that it may leak": int(leaking.sum()),
         "the contract leaves rows without keys open": int(open_rows.sum()),
     }
     return Budget(
         certain=certain,
         probable=probable,
-        open=poisoned | threatened | open_rows,
+        open=poisoned | threatened | leaking | open_rows,
         overflow=overflow,
         either=either,
         literal=literal,

@@ -34,6 +34,7 @@ class SoftmaxProblem(Problem):
         bias: (B, H, M, N), or None; −inf entries are unseen and hold 0 here.
         sinks: (H,) or None; a sink of −inf is absent from ``sink_present`` (bool, (H,)).
         poisoned: bool (B, H, M), rows that see a non-finite input.
+        tainted: bool (B, H), heads in which some key or value is non-finite, seen or not.
     """
 
     q: torch.Tensor
@@ -46,6 +47,7 @@ class SoftmaxProblem(Problem):
     sinks: torch.Tensor | None
     sink_present: torch.Tensor | None
     poisoned: torch.Tensor
+    tainted: torch.Tensor
     masked: bool
     outputs: tuple[str, ...] = ("o",)
 
@@ -142,6 +144,7 @@ class SoftmaxProblem(Problem):
             sinks=None if self.sinks is None else self.sinks[h : h + 1],
             sink_present=None if self.sink_present is None else self.sink_present[h : h + 1],
             poisoned=self.poisoned[b, h, chosen][None, None],
+            tainted=self.tainted[b, h][None, None],
         )
 
     def fixed(self, output: str) -> dict[float, torch.Tensor]:
@@ -193,6 +196,8 @@ class SoftmaxProblem(Problem):
 
         Such a case tells kernels that do not subtract the maximum, even where it cannot tell weights apart.
         """
+        if not self.seen.shape[-1]:
+            return False
         arithmetic = EnclosureArithmetic()
         s = arithmetic.midpoint(self.scores(arithmetic)).masked_fill(~self.seen, -torch.inf)
         largest = s.amax(-1)[rows & ~self.keyless()]
@@ -305,6 +310,7 @@ class SoftmaxFamily(Family):
             sinks=None if sinks is None else _finite(sinks),
             sink_present=None if sinks is None else sinks != -torch.inf,
             poisoned=bad,
+            tainted=tainted.any(-1),
             masked=causal or window is not None or cu_seqlens is not None or bias is not None,
             outputs=self.problem_outputs(options),
         )

@@ -13,13 +13,15 @@ from attnproof.properties.regimes.regime import Builder, Regime
 
 __all__ = ["ATTENTION"]
 
-_ONE_HOT_MARGIN = 40.0  # exp(-40) = 4e-18: below half an ulp of 1 in float64 for up to 20 keys, far below in float32
+_ONE_HOT_MARGIN = (
+    40.0  # exp(-40) = 4e-18: below half an ulp of 1 in float64 for up to 20 keys, far below in float32
+)
 _STEP = 0.5  # between consecutive scores in the ordered regimes: each tile of 16 raises the maximum by 8
 _HUGE = 133120.0  # 2^17 + 2^11, exact in bfloat16; its square times log2(e) is no longer near any float32
 
 
 def normal(draw: Draw) -> dict[str, Any]:
-    """q, k, v ~ N(0, 1)."""
+    """Entries of q, k, v ~ N(0, 1)."""
     return {
         "q": draw.normal("q", *draw.queries, draw["D"]),
         "k": draw.normal("k", *draw.keys, draw["D"]),
@@ -28,8 +30,9 @@ def normal(draw: Draw) -> dict[str, Any]:
 
 
 def uniform(draw: Draw) -> dict[str, Any]:
-    """q, k, v uniform in [0, 1)."""
+    """Entries of q, k, v uniform in [0, 1), scores scaled by 4/√D, or rows would be nearly uniform too."""
     return {
+        "scale": 4.0 * draw.scale,
         "q": draw.uniform("q", *draw.queries, draw["D"]),
         "k": draw.uniform("k", *draw.keys, draw["D"]),
         "v": draw.uniform("v", *draw.keys, draw["E"]),
@@ -43,7 +46,7 @@ def near_uniform(draw: Draw) -> dict[str, Any]:
 
 
 def zero_queries(draw: Draw) -> dict[str, Any]:
-    """q = 0."""
+    """All queries are 0."""
     values = normal(draw)
     return {**values, "q": np.zeros_like(values["q"])}
 
@@ -108,7 +111,7 @@ def raw_offset(score: float) -> Builder:
 
 
 def _around(draw: Draw, score: float) -> dict[str, Any]:
-    """q·k around ``score`` or up to four times it, so that the offset is c² with c a power of two, exact everywhere."""
+    """Scores q·k around ``score`` or up to four times it: offset c², c a power of two."""
     values = normal(draw)
     c = 2.0 ** math.ceil(math.log2(abs(score)) / 2)
     values["q"][..., 0] = c
@@ -186,7 +189,7 @@ def correlated(draw: Draw) -> dict[str, Any]:
 
 
 def cancelling_values(draw: Draw) -> dict[str, Any]:
-    """Keys come in equal pairs with values +64 and −64, plus N(0, 1/16): outputs are about 1/1000 of their terms."""
+    """Keys come in equal pairs, values +64 and −64 plus N(0, 1/16): outputs are 1/1000 of their terms."""
     values = normal(draw)
     keys = draw["N"]
     first = np.arange(keys) // 2 * 2
@@ -210,7 +213,7 @@ def wide_values(draw: Draw) -> dict[str, Any]:
 
 
 def large_values(draw: Draw) -> dict[str, Any]:
-    """|v| between 1/8 and 1/4 of the largest power of two, less a factor N where sums are kept in that same range."""
+    """|v| from 1/8 to 1/4 of the largest power of two, less a factor N where sums have no wider range."""
     top = math.floor(math.log2(draw.finfo.max))
     if draw.dtype != "float16":
         top -= math.ceil(math.log2(max(1, draw["N"])))
@@ -238,7 +241,7 @@ ATTENTION = (
     ),
     Regime(
         "near-uniform",
-        "all weights nearly 1/N, as at initialisation: many tests elsewhere see only this, and little shows in it",
+        "all weights nearly 1/N, as at initialisation: tests elsewhere often see only this, and little shows",
         "tied",
         _softmax(near_uniform),
         vacuous=True,
@@ -265,7 +268,7 @@ ATTENTION = (
     ),
     Regime(
         "tied-one-sign",
-        "repeated maxima with columns of v of one sign: roundings of P·V in bfloat16 all fall one way (bug B33)",
+        "repeated maxima, columns of v of one sign: roundings of P·V in bfloat16 all fall one way (bug B33)",
         "tied",
         _softmax(tied_one_sign),
     ),
@@ -278,21 +281,21 @@ ATTENTION = (
     ),
     Regime(
         "exp-overflow",
-        "all logits above 88.73 = ln of float32's largest number: exp without the maximum subtracted overflows",
+        "all logits above 88.73, ln of float32's largest number: naively exp overflows",
         "extreme",
         _softmax(offset(110.0)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "exp-underflow",
-        "all logits below -103.98 = ln of half float32's smallest number: without the maximum subtracted 0/0",
+        "all logits below -103.98, ln of half float32's smallest number: naively 0/0",
         "extreme",
         _softmax(offset(-120.0)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "score-overflow",
-        "q·k above 65504, float16's largest number, with q and k small enough: scores stored in float16 overflow",
+        "q·k above 65504, float16's largest number, q and k small: scores stored in float16 overflow",
         "extreme",
         _softmax(raw_offset(1.2e5)),
         excludes=_UNCAPPED,
@@ -327,7 +330,7 @@ ATTENTION = (
     ),
     Regime(
         "identical-huge",
-        "q = k = 133120: a product fused into the subtraction of a rounded maximum leaves a huge residual (bug B07)",
+        "q = k = 133120: a product fused with subtracting a rounded maximum leaves a residual (bug B07)",
         "extreme",
         _softmax(identical_huge),
         excludes=_UNCAPPED,
@@ -360,13 +363,13 @@ ATTENTION = (
     ),
     Regime(
         "outliers",
-        "N(0, 1) + N(0, 100)·Bernoulli(0.001): the outliers of trained models as FlashAttention-3 models them",
+        "N(0, 1) + N(0, 100)·Bernoulli(0.001): FlashAttention-3's model of outliers in trained networks",
         "plain",
         _softmax(outliers),
     ),
     Regime(
         "correlated",
-        "k = v + noise, all means 1: weights and values are not independent, so that errors of P show in the output",
+        "k = v + noise, all means 1: weights and values are not independent, so errors of P show",
         "plain",
         _softmax(correlated),
     ),
@@ -390,7 +393,7 @@ ATTENTION = (
     ),
     Regime(
         "large-values",
-        "values near the largest number: the output is finite, P·V in the storage dtype before normalisation is not",
+        "values near the largest number: outputs are finite, P·V in storage precision before division is not",
         "extreme",
         _softmax(large_values),
     ),

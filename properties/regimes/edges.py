@@ -1,4 +1,4 @@
-"""Regimes at the edges of the contract: masks, non-finite entries, subnormal numbers, exactly representable results."""
+"""Regimes at the edges of the contract: masks, non-finite and subnormal entries, representable results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def masked(draw: Draw) -> dict[str, Any]:
 
 
 def sentinel(draw: Draw) -> dict[str, Any]:
-    """A normal bias with −max or −max/4 of the dtype in 2/5 of the entries of some rows, and in all entries of others."""
+    """A normal bias with −max or −max/4 of the dtype in 2/5 of the entries of some rows, in all of others."""
     bias = draw.normal("bias", *draw.bias_shape)
     hidden = draw.uniform("hidden", *bias.shape) < 0.4
     hidden |= _whole_rows(draw, bias.shape, 0.15)
@@ -67,11 +67,12 @@ def seen_nonfinite(draw: Draw) -> dict[str, Any]:
 
 
 def representable(draw: Draw) -> dict[str, Any]:
-    """Every logit is exactly 0 or at most −256; v holds integers from −7 to 7; outputs are means of few of them.
+    """Every logit is exactly 0 or at most −256; outputs are means of few integers from −7 to 7.
 
-    Keys belong to classes of 1, 2, 4, 8 or 16 members, or to none; a row aims at one class, by preference one of which
-    it sees a power-of-two number. All products and sums are exact in every dtype, tf32 included: q holds powers of
-    two and small integers, each key one power of two besides a pair of axes whose products cancel exactly.
+    Keys belong to classes of 1, 2, 4, 8 or 16 members, or to none; a row aims at one class, by preference one
+    of which it sees a power-of-two number. All products and sums are exact in every dtype, tf32 included: q
+    holds powers of two and small integers, each key one power of two besides a pair of axes whose products
+    cancel exactly.
     """
     width, keys = draw["D"], draw["N"]
     level = 2.0 ** math.ceil(math.log2(_LEVEL / draw.scale))
@@ -87,7 +88,11 @@ def representable(draw: Draw) -> dict[str, Any]:
         aim = _aims(draw, label, classes, bias)
         np.put_along_axis(q, aim[..., None] + 1, 0.0, axis=3)
         _fill_spare(draw, q, k, classes + 1)
-    values: dict[str, Any] = {"q": q, "k": k, "v": draw.integers("v", -7, 8, *draw.keys, draw["E"]).astype(np.float64)}
+    values: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": draw.integers("v", -7, 8, *draw.keys, draw["E"]).astype(np.float64),
+    }
     if bias is not None:
         values["bias"] = bias
     if "sinks" in draw.options:
@@ -96,10 +101,12 @@ def representable(draw: Draw) -> dict[str, Any]:
 
 
 def subnormal_queries(draw: Draw) -> dict[str, Any]:
-    """q subnormal in the dtype, k so large that logits have a standard deviation of about 2."""
+    """Queries subnormal in the dtype, k so large that logits have a standard deviation of about 2."""
     # tiny = 2^e: |q| in 2^e·[1/4, 1), |k| in 2^-e·[1/2, 1), so that q·k is of order √D.
     exponent = round(math.log2(draw.finfo.tiny))
-    q = draw.signs("q sign", *draw.queries, draw["D"]) * (0.25 + 0.75 * draw.uniform("q", *draw.queries, draw["D"]))
+    q = draw.signs("q sign", *draw.queries, draw["D"]) * (
+        0.25 + 0.75 * draw.uniform("q", *draw.queries, draw["D"])
+    )
     k = draw.signs("k sign", *draw.keys, draw["D"]) * (0.5 + 0.5 * draw.uniform("k", *draw.keys, draw["D"]))
     # A draw just below 1 must not be rounded up to a normal number.
     q = np.minimum(np.abs(q), 0.96875) * np.sign(q)
@@ -112,7 +119,7 @@ def subnormal_queries(draw: Draw) -> dict[str, Any]:
 
 
 def subnormal_values(draw: Draw) -> dict[str, Any]:
-    """v subnormal in the dtype: N(0, 1)/8 times the smallest normal number."""
+    """Values subnormal in the dtype: N(0, 1)/8 times the smallest normal number."""
     values = normal(draw)
     return {**values, "v": values["v"] * float(draw.finfo.tiny) / 8.0}
 
@@ -134,14 +141,14 @@ def _nonfinite(draw: Draw, name: str, *shape: int) -> Float64:
 
 
 def _rarely_seen(draw: Draw, seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """(B, G, N) or (1, 1, N): keys that no row sees, and up to N/8 more that together at most half of the rows see."""
+    """(B, G, N) or (1, 1, N): keys that no row sees, and up to N/8 more that at most half of the rows see."""
     batch, heads, rows, keys = seen.shape
     groups = draw["G"]
     by_head = seen.reshape(batch, groups, heads // groups * rows, keys)
     if draw.shared:
         by_head = by_head.reshape(1, 1, batch * heads * rows, keys)
     counts = by_head.sum(axis=2)
-    bad = counts == 0
+    bad: npt.NDArray[np.bool_] = counts == 0
     for b, g in np.ndindex(counts.shape[:2]):
         rare = [j for j in np.argsort(counts[b, g], kind="stable") if counts[b, g, j]][: max(1, keys // 8)]
         touched = np.zeros(by_head.shape[2], dtype=bool)
@@ -156,7 +163,7 @@ def _rarely_seen(draw: Draw, seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool
 def _labels(draw: Draw, classes: int) -> npt.NDArray[np.int64]:
     """The class of each key, (B, G, N): class sizes are powers of two, the rest has −1; random order."""
     keys = draw["N"]
-    label = np.full(keys, -1)
+    label = np.full(keys, -1, dtype=np.int64)
     start = 0
     for index, exponent in enumerate(draw.integers("class size", 0, 5, classes)):
         size = min(2 ** int(exponent), _MOST_TIED)
@@ -164,7 +171,8 @@ def _labels(draw: Draw, classes: int) -> npt.NDArray[np.int64]:
             size //= 2
         label[start : start + size] = index
         start += size
-    return label[draw.permutations("order", *draw.keys)] if keys else np.zeros(draw.keys, dtype=np.int64)
+    shuffled: npt.NDArray[np.int64] = label[draw.permutations("order", *draw.keys)]
+    return shuffled
 
 
 def _exact_bias(draw: Draw) -> Float64:
@@ -173,20 +181,23 @@ def _exact_bias(draw: Draw) -> Float64:
     return np.array([0.0] * 6 + [_BIAS_LEVEL, -np.inf])[choice]
 
 
-def _aims(draw: Draw, label: npt.NDArray[np.int64], classes: int, bias: Float64 | None) -> npt.NDArray[np.int64]:
-    """The class that each row aims at, (B, H, M): one of which it sees a power-of-two number, else some, else any."""
+def _aims(
+    draw: Draw, label: npt.NDArray[np.int64], classes: int, bias: Float64 | None
+) -> npt.NDArray[np.int64]:
+    """The class at which each row aims, (B, H, M): one with a power-of-two number of seen keys if it can."""
     seen = seen_keys(draw.sizes, draw.options, bias)
     if bias is not None:
         seen = seen & (bias == 0.0)
     member = draw.per_head(label)[..., None] == np.arange(classes)  # (B, H, N, C)
     counts = np.matmul(seen.astype(np.float64), member.astype(np.float64)).astype(np.int64)
     powers = (counts > 0) & (counts & (counts - 1) == 0)
-    preference = powers.astype(np.float64) + (counts > 0) + 0.5 * draw.uniform("aim", *counts.shape)
-    return np.argmax(preference, axis=3)
+    preference: Float64 = powers.astype(np.float64) + (counts > 0) + 0.5 * draw.uniform("aim", *counts.shape)
+    aims: npt.NDArray[np.int64] = np.argmax(preference, axis=3)
+    return aims
 
 
 def _fill_spare(draw: Draw, q: Float64, k: Float64, start: int) -> None:
-    """Pairs of equal entries in q against opposite ones in k, from axis ``start``; a last odd axis is 0 in k."""
+    """Pairs of equal entries in q against opposite ones in k, from axis ``start``; an odd last is 0 in k."""
     pairs = (q.shape[3] - start) // 2
     a = draw.integers("spare q", -4, 5, *q.shape[:3], pairs)
     b = draw.integers("spare k", -4, 5, *k.shape[:3], pairs)
@@ -197,14 +208,14 @@ def _fill_spare(draw: Draw, q: Float64, k: Float64, start: int) -> None:
 EDGES = (
     Regime(
         "masked",
-        "-inf in the bias, with rows that see no key: a maximum of -inf less itself is NaN (bugs B03, B24)",
+        "-inf in the bias, rows that see no key: a maximum of -inf less itself is NaN (bugs B03, B24)",
         "plain",
         {"softmax": masked},
         needs=("bias",),
     ),
     Regime(
         "finite-sentinel",
-        "masks of -max of the dtype: finite by the contract, so a row that has nothing else still has weights",
+        "masks of -max of the dtype: finite by the contract, so a row of nothing else still has weights",
         "extreme",
         {"softmax": sentinel},
         needs=("bias",),
@@ -225,21 +236,21 @@ EDGES = (
     ),
     Regime(
         "representable",
-        "logits exactly 0 or far below, small integers as values: no rounding to hide behind, any error is a defect",
+        "logits exactly 0 or far below, values small integers: no rounding for a defect to hide behind",
         "exact",
         {"softmax": representable},
         excludes=("softcap",),
     ),
     Regime(
         "subnormal-queries",
-        "q below the smallest normal number against large k: weights are lost where inputs are flushed to zero",
+        "q below the smallest normal number against large k: flushed to zero, all weights become equal",
         "extreme",
         {"softmax": subnormal_queries},
         excludes=("softcap",),
     ),
     Regime(
         "subnormal-values",
-        "v below the smallest normal number: outputs are subnormal, one rounding of 2^-149 (2^-24, 2^-133) each",
+        "v below the smallest normal number: outputs are subnormal, with errors in units of the smallest",
         "extreme",
         {"softmax": subnormal_values},
     ),

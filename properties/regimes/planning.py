@@ -1,15 +1,16 @@
 """The cases that a run goes through by default, and an endless supply of further ones.
 
-Regimes, dtypes, options, views and sizes cannot all be crossed. A plan holds every regime in every dtype, every option
-alone, every two options together, every option with every view and dtype, and every size class; what else a case has
-is drawn at random.
+Regimes, dtypes, options, views and sizes cannot all be crossed. A plan holds every regime in every dtype,
+every option alone, every two options together, every option with every view and dtype, and every size class;
+what else a case has is drawn at random.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 from attnproof.properties.case import OPTIONS, Case
@@ -35,17 +36,34 @@ SIZES: dict[str, tuple[int, ...]] = {
 GROUPS = (1, 2, 7)
 """Query heads per key/value head; 7 is no power of two (bug B18)."""
 
-WIDTHS = ((64, 64), (16, 16), (128, 128), (40, 40), (64, 32), (5, 1), (72, 72), (1, 5), (32, 32), (256, 64), (64, 256))
+WIDTHS = (
+    (64, 64),
+    (16, 16),
+    (128, 128),
+    (40, 40),
+    (64, 32),
+    (5, 1),
+    (72, 72),
+    (1, 5),
+    (32, 32),
+    (256, 64),
+    (64, 256),
+)
 """(D, E) in the order in which they are tried."""
 
 RELATIONS = ("square", "fewer-queries", "square", "more-queries", "decode")
 
-# A regime whose cases are vacuous, and sizes that leave no choice, are kept below this share of a plan: a verdict
-# needs 80 % of cases that could have shown a defect, and some others turn out vacuous only when they are computed.
+# A regime whose cases are vacuous, and sizes that leave no choice, are kept below this share of a plan: a
+# verdict needs 80 % of cases that could have shown a defect, and some others turn out vacuous only when they
+# are computed.
 VACUOUS_SHARE = 0.12
 _DEGENERATE_SHARE = 1 / 12
 _MOST_WORK = 2**24  # B·H·M·N·(D + E): a few milliseconds of float64
 _CANDIDATES = 24
+
+# Each class in proportion to how often kernels are wrong there; long ones are slow.
+_COMMON = ("tile", "above-tile", "below-tile", "prime")
+_CLASSES = (*_COMMON, "two", *_COMMON, *_COMMON, *_COMMON, "long")
 
 T = TypeVar("T")
 Requirement = tuple[str, ...]
@@ -86,15 +104,15 @@ def plan(
     causal_alignment: str = "bottom-right",
     thorough: bool = False,
 ) -> list[Case] | Iterator[Case]:
-    """Cases for a kernel of ``family``: degenerate sizes first, then every regime, then the rest of the coverage.
+    """Cases for a kernel of ``family``: degenerate sizes, then every regime, then what is left to cover.
 
     Args:
         family: a family with regimes.
         dtypes: names of dtypes, of which each regime is tried in all that it has values for.
-        options: the keywords that the kernel supports; others of the contract that are no option here are ignored.
+        options: the keywords that the kernel supports; any other name is ignored.
         supports: sizes and strides that the kernel accepts.
-        budget: number of cases (about 150 hold all that a softmax kernel with all options in three dtypes needs);
-            a smaller plan is the beginning of a larger one's coverage, not of its list.
+        budget: number of cases (about 150 hold all that a softmax kernel with all options in three dtypes
+            needs); a smaller plan is the beginning of a larger one's coverage, not of its list.
         seed: other seeds give other values and other random parts.
         causal_alignment: the kernel's declaration, which decides what causal cases mean.
         thorough: after the plan, an endless stream of random and larger cases, as an iterator.
@@ -153,10 +171,10 @@ class _Planner:
             for turn in rounds
             for index, regime in enumerate(self.regimes)
         ]
-        jobs = [(r, d) for r, d in jobs if d in r.dtypes and (not r.needs or set(r.needs) & set(self.options))]
+        jobs = [(r, d) for r, d in jobs if d in r.dtypes and r.served(self.family, self.options)]
         vacuous = len(cases)
         waiting: list[tuple[Regime, str]] = []
-        substance = itertools.cycle([r for r in self.regimes if not r.vacuous and not r.needs])
+        substance = itertools.cycle([r for r in self.regimes if not r.vacuous and r.served(self.family, ())])
         turn = itertools.cycle(self.dtypes)
         while len(cases) < budget:
             due = waiting and vacuous + 1 <= VACUOUS_SHARE * (len(cases) + 1)
@@ -177,7 +195,7 @@ class _Planner:
 
     def endless(self) -> Iterator[Case]:
         """Random cases without end, up to four times the work of the plan's."""
-        regimes = [r for r in self.regimes if not r.needs or set(r.needs) & set(self.options)]
+        regimes = [r for r in self.regimes if r.served(self.family, self.options)]
         while True:
             regime = self._pick(regimes)
             usable = [d for d in self.dtypes if d in regime.dtypes]
@@ -191,23 +209,36 @@ class _Planner:
         return self._make(dtype, sizes, regime.name, self._values(chosen, sizes), view)
 
     def _make(
-        self, dtype: str, sizes: dict[str, int], regime: str = "normal", options: Any = (), view: str = "contiguous"
+        self,
+        dtype: str,
+        sizes: dict[str, int],
+        regime: str = "normal",
+        options: Any = (),
+        view: str = "contiguous",
     ) -> Case:
         self.made += 1
         return Case(self.family, dtype, sizes, regime, options, view, self.seed * 100_000 + self.made)  # type: ignore[arg-type]
 
     def _choose(self, regime: Regime, dtype: str) -> tuple[tuple[str, ...], str]:
-        """Options and view that cover most of what is open, among random candidates and those that an open pair asks for."""
+        """Options and view that cover most of what is open, from random ones and those that it asks for."""
         allowed = [o for o in self.options if o not in regime.excludes]
         needed = [o for o in allowed if o in regime.needs]
         candidates = []
-        for wanted in [*sorted(self.open)[:: max(1, len(self.open) // _CANDIDATES)], *[()] * (_CANDIDATES // 2)]:
+        for wanted in [
+            *sorted(self.open)[:: max(1, len(self.open) // _CANDIDATES)],
+            *[()] * (_CANDIDATES // 2),
+        ]:
             parts = [o for o in wanted if o in allowed] or self._subset(allowed)
             if needed and not set(parts) & set(needed):
                 parts.append(self._pick(needed))
-            view = next((part for part in wanted if part in self.views), None) or self._turn("view", self.views)
+            view = next((part for part in wanted if part in self.views), None) or self._pick(self.views)
             candidates.append((tuple(sorted(set(parts))), view))
-        return max(candidates, key=lambda c: len(_covered(*c, dtype) & self.open) - 0.5 * max(0, len(c[0]) - 2))
+
+        def gain(candidate: tuple[tuple[str, ...], str]) -> float:
+            crowd = max(0, len(candidate[0]) - 2)
+            return len(_covered(*candidate, dtype) & self.open) - 0.5 * crowd + 0.25 * self.random.random()
+
+        return max(candidates, key=gain)
 
     def _subset(self, allowed: list[str]) -> list[str]:
         """None, one, two or three of the options."""
@@ -220,11 +251,11 @@ class _Planner:
         windows = ((3, None), (length // 4 + 1, 0), (2, 5), (None, 1), (0, 2), (length, length))
         third = length // 3
         packings = ((third, 0, length - third), (1, third, length - 1 - third) if length else (0,), (length,))
-        patterns = ("bhmn", "b11n", "11mn", "1hmn", "b1mn", "1h1n", "bh1n", "1111")
-        values = {
+        patterns = ("bhmn", "b11n", "11mn", "1hmn", "b1mn", "1h1n", "bh1n", "11m1")
+        values: dict[str, Callable[[], Any]] = {
             "window": lambda: self._turn("window", windows),
             "softcap": lambda: self._turn("softcap", (2.0, 30.0)),
-            "bias": lambda: self._turn("bias", patterns[:-1] if chosen else patterns),
+            "bias": lambda: self._turn("bias", patterns),
             "cu_seqlens": lambda: self._turn("cu_seqlens", packings),
         }
         result: dict[str, Any] = {name: values[name]() if name in values else True for name in chosen}
@@ -233,8 +264,7 @@ class _Planner:
         return result
 
     def _sizes(self, regime: Regime, chosen: tuple[str, ...], larger: bool) -> dict[str, int]:
-        classes = ("tile", "above-tile", "below-tile", "prime", "two", "tile", "above-tile", "below-tile", "prime")
-        name = self._turn("class", (*classes, *classes, "long"))
+        name = self._turn("class", _CLASSES)
         length = self._rounded(self._turn(name, SIZES[name]) * (self._pick((1, 1, 2, 3)) if larger else 1))
         work = _MOST_WORK * (4 if larger else 1)
         if self.family != "softmax":
@@ -253,8 +283,11 @@ class _Planner:
         }[relation]
         while batch * heads * rows * length * (width + value) > work and (batch > 1 or heads > group):
             batch, heads = (batch - 1, heads) if batch > 1 else (batch, heads - group)
-        if batch * heads * rows * length * (width + value) > work and "cu_seqlens" not in chosen:
-            rows = max(1, work // (batch * heads * length * (width + value)))
+        if batch * heads * rows * length * (width + value) > work:
+            if "cu_seqlens" in chosen:
+                rows = length = self._rounded(math.isqrt(work // (heads * (width + value))))
+            else:
+                rows = max(1, work // (batch * heads * length * (width + value)))
         return {"B": batch, "H": heads, "G": heads // group, "M": rows, "N": length, "D": width, "E": value}
 
     def _width(self, regime: Regime) -> tuple[int, int]:

@@ -20,8 +20,8 @@ _ROLL = 17  # tokens by which the query heads of one key/value head are apart
 def attention(draw: Draw) -> dict[str, Any]:
     """q, k, v of one layer a batch entry and one head of the model a key/value head.
 
-    D and E above 32 take columns of the following heads too, below 32 the head's first ones. Queries are the last M
-    of the N tokens; texts shorter than that start again.
+    D and E above 32 take columns of the following heads too, below 32 the head's first ones. Queries are the
+    last M of the N tokens; texts shorter than that start again.
     """
     real = activations()
     batch, groups, keys = draw.keys
@@ -62,7 +62,8 @@ def _place(draw: Draw, b: int, g: int) -> tuple[int, int]:
 
 def _take(source: Float64, tokens: np.ndarray[Any, Any], column: int, width: int) -> Float64:
     columns = (column + np.arange(width)) % source.shape[1]
-    return source[(tokens % len(source))[:, None], columns]
+    taken: Float64 = source[(tokens % len(source))[:, None], columns]
+    return taken
 
 
 REAL = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from attnproof.properties.case import OPTIONS
 from attnproof.properties.contract import DTYPES
 from attnproof.properties.draw import Draw
 
@@ -15,8 +16,8 @@ __all__ = ["Builder", "Regime", "RegimeClass", "merged"]
 RegimeClass = Literal["plain", "tied", "extreme", "exact", "nonfinite", "real"]
 
 Builder = Callable[[Draw], dict[str, Any]]
-"""From a draw to float64 arrays by tensor name (``bias`` and ``sinks`` included where the regime sets them) and,
-optionally, the float ``scale``."""
+"""From a draw to float64 arrays by tensor name (``bias`` and ``sinks`` included where the regime sets them)
+and, optionally, the float ``scale``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,11 @@ class Regime:
         reason: what such inputs bring out, with the source of any threshold.
         regime_class: the class by which thresholds of the probable budget are fitted.
         builders: by family, the function that makes the values.
-        needs: the case must have at least one of these options (none: no condition).
+        needs: the case must have at least one of these options, where its family has any of them.
         excludes: the case must have none of these options, which would undo the regime.
         dtypes: dtypes in which the values are representable.
         vacuous: rows come out so nearly uniform, or the values so nearly equal, that few defects could show.
-        requires: what must be installed, as a function that says whether it is and a text that says how; or None.
+        requires: whether what it needs is installed, and how to install it; None if it needs nothing.
     """
 
     name: str
@@ -59,6 +60,11 @@ class Regime:
         """The values for ``draw``: float64 arrays by tensor name, and ``scale`` where the regime sets it."""
         return self.builders[draw.family](draw)
 
+    def served(self, family: str, options: Iterable[str]) -> bool:
+        """Whether ``options`` have one that the regime needs in ``family``, or it needs none there."""
+        needed = set(self.needs).intersection(OPTIONS[family])
+        return not needed or not needed.isdisjoint(options)
+
     def declines(self, family: str, dtype: str, options: Iterable[str]) -> str | None:
         """Why the regime has no inputs for such a case, as a clause for a message; None if it has."""
         given = set(options)
@@ -66,7 +72,7 @@ class Regime:
             return f"family {family!r} has no such inputs (it is for {', '.join(self.families)})"
         if dtype not in self.dtypes:
             return f"its values are not representable in {dtype} (use {', '.join(self.dtypes)})"
-        if self.needs and not given.intersection(self.needs):
+        if not self.served(family, given):
             return f"it needs one of the options {', '.join(self.needs)}"
         clash = [option for option in self.excludes if option in given]
         if clash:
@@ -77,7 +83,7 @@ class Regime:
 
 
 def merged(*tables: Iterable[Regime]) -> dict[str, Regime]:
-    """All regimes by name; those of one name are one regime with the builders of each, the first one's text and limits.
+    """All regimes by name; those of one name become one, with the text and limits of the first.
 
     Raises:
         ValueError: if two regimes of one name differ in class, or both build one family.
@@ -90,7 +96,9 @@ def merged(*tables: Iterable[Regime]) -> dict[str, Regime]:
             continue
         twice = set(known.builders) & set(regime.builders)
         if twice or known.regime_class != regime.regime_class:
-            raise ValueError(f"regime {regime.name!r} is defined twice: same families {sorted(twice)} or another class")
+            raise ValueError(
+                f"regime {regime.name!r} is defined twice: same families {sorted(twice)} or another class"
+            )
         builders = {**known.builders, **regime.builders}
         regimes[regime.name] = dataclasses.replace(known, builders=builders)
     return regimes

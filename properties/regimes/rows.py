@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from attnproof.properties.draw import Draw, Float64
+from attnproof.properties.draw import Draw
 from attnproof.properties.regimes.regime import Builder, Regime, RegimeClass
 
 __all__ = ["ROWS"]
@@ -17,17 +18,17 @@ _LEVELS = (100.0, 1000.0, 10000.0, -100.0, -10000.0)
 
 
 def normal(draw: Draw) -> Values:
-    """x ~ N(0, 1)."""
+    """Entries ~ N(0, 1)."""
     return {"x": draw.normal("x", *draw.rows)}
 
 
 def uniform(draw: Draw) -> Values:
-    """x uniform in [0, 1)."""
+    """Entries uniform in [0, 1)."""
     return {"x": draw.uniform("x", *draw.rows)}
 
 
 def near_uniform(draw: Draw) -> Values:
-    """x ~ N(0, 2⁻²⁰)."""
+    """Entries ~ N(0, 2⁻²⁰)."""
     return {"x": draw.normal("x", *draw.rows) * 2.0**-10}
 
 
@@ -59,7 +60,7 @@ def one_hot(draw: Draw) -> Values:
 
 
 def offset(level: float) -> Builder:
-    """x ~ N(level, 1), the deviation raised to an ulp of the level where the dtype could not tell the entries apart."""
+    """Entries ~ N(level, 1), or an ulp of the level for deviation where it is more."""
 
     def build(draw: Draw) -> Values:
         deviation = max(1.0, abs(level) * float(draw.finfo.eps))
@@ -69,7 +70,7 @@ def offset(level: float) -> Builder:
 
 
 def spread(deviation: float) -> Builder:
-    """x ~ N(0, deviation²)."""
+    """Entries ~ N(0, deviation²)."""
 
     def build(draw: Draw) -> Values:
         return {"x": deviation * draw.normal("x", *draw.rows)}
@@ -89,25 +90,25 @@ def ordered(direction: float) -> Builder:
 
 
 def outliers(draw: Draw) -> Values:
-    """x ~ N(0, 1) + N(0, 100)·Bernoulli(0.01)."""
+    """Entries ~ N(0, 1) + N(0, 100)·Bernoulli(0.01)."""
     hit = draw.uniform("hit", *draw.rows) < 0.01
     return {"x": draw.normal("x", *draw.rows) + 10.0 * draw.normal("outlier", *draw.rows) * hit}
 
 
 def log_near_zero(draw: Draw) -> Values:
-    """x = log w for weights w that add up to 1 before x is rounded, so that log Σ exp x is about 0."""
+    """Entries log w for weights w that add up to 1 before x is rounded, so that log Σ exp x is about 0."""
     weights = 0.125 + draw.uniform("x", *draw.rows)
     total = weights.sum(axis=1, keepdims=True)
     return {"x": np.log(weights / total)}
 
 
 def subnormal(draw: Draw) -> Values:
-    """x subnormal in the dtype, N(0, 1)/8 times the smallest normal number."""
+    """Entries subnormal in the dtype, N(0, 1)/8 times the smallest normal number."""
     return {"x": draw.normal("x", *draw.rows) * float(draw.finfo.tiny) / 8.0}
 
 
 def near_largest(draw: Draw) -> Values:
-    """Entries of ±max and ±max/4 of the dtype among normal ones: differences overflow to −inf, weights to 0 or 1."""
+    """Entries of ±max and ±max/4 of the dtype among normal ones."""
     top = float(draw.finfo.max)
     choice = draw.integers("choice", 0, 8, *draw.rows)
     large = np.array([top, -top, top / 4, -top / 4, 0.0, 0.0, 0.0, 0.0])[choice]
@@ -143,7 +144,7 @@ def representable(draw: Draw) -> Values:
     return {"x": x}
 
 
-def _some_rows(draw: Draw, rows: int) -> Float64:
+def _some_rows(draw: Draw, rows: int) -> npt.NDArray[np.bool_]:
     """(rows, 1) bool: about an eighth of the rows, at least one of several and never all."""
     chosen = draw.uniform("rows", rows) < 0.125
     if rows > 1:
@@ -165,22 +166,72 @@ ROWS = (
     _regime("normal", "the common case", "plain", normal),
     _regime("uniform", "entries in [0, 1): errors of one sign add up", "plain", uniform),
     _regime("near-uniform", "all weights nearly 1/N", "tied", near_uniform, vacuous=True),
-    _regime("equal-rows", "x = c: log N + c exactly, weights exactly 1/N, c up to 1e4", "tied", equal_rows, vacuous=True),
+    _regime(
+        "equal-rows",
+        "x = c: log N + c exactly, weights exactly 1/N, c up to 1e4",
+        "tied",
+        equal_rows,
+        vacuous=True,
+    ),
     _regime("tied", "repeated maxima: exp(x - max) is exactly 1 for several entries", "tied", tied),
-    _regime("one-hot", "margin of at least 40: the log of a sum that is 1 in the working precision", "plain", one_hot),
-    _regime("exp-overflow", "all entries above 88.73 = ln of float32's largest number", "extreme", offset(110.0)),
-    _regime("exp-underflow", "all entries below -103.98 = ln of half float32's smallest number", "extreme", offset(-120.0)),
-    _regime("offset-1e3", "entries of about 1000: the shift by the maximum cancels 10 bits", "extreme", offset(1e3)),
-    _regime("offset-1e4", "entries of about 10000: the shift by the maximum cancels 13 bits", "extreme", offset(1e4)),
-    _regime("below-sentinel", "entries below -50000: a finite stand-in for -inf is the maximum", "extreme", offset(-6e4)),
+    _regime(
+        "one-hot",
+        "margin of at least 40: the log of a sum that is 1 in the working precision",
+        "plain",
+        one_hot,
+    ),
+    _regime(
+        "exp-overflow", "all entries above 88.73 = ln of float32's largest number", "extreme", offset(110.0)
+    ),
+    _regime(
+        "exp-underflow",
+        "all entries below -103.98 = ln of half float32's smallest number",
+        "extreme",
+        offset(-120.0),
+    ),
+    _regime(
+        "offset-1e3",
+        "entries of about 1000: the shift by the maximum cancels 10 bits",
+        "extreme",
+        offset(1e3),
+    ),
+    _regime(
+        "offset-1e4",
+        "entries of about 10000: the shift by the maximum cancels 13 bits",
+        "extreme",
+        offset(1e4),
+    ),
+    _regime(
+        "below-sentinel",
+        "entries below -50000: a finite stand-in for -inf is the maximum",
+        "extreme",
+        offset(-6e4),
+    ),
     _regime("large-logits", "standard deviation 100: exp over its whole range", "extreme", spread(100.0)),
-    _regime("near-largest", "entries of ±the largest number: differences overflow, weights are 0 or 1", "extreme", near_largest),
-    _regime("ascending", "entries rise: every tile raises the running maximum and rescales", "plain", ordered(1.0)),
+    _regime(
+        "near-largest",
+        "entries of ±the largest number: differences overflow, weights are 0 or 1",
+        "extreme",
+        near_largest,
+    ),
+    _regime(
+        "ascending", "entries rise: every tile raises the running maximum and rescales", "plain", ordered(1.0)
+    ),
     _regime("descending", "entries fall: later tiles contribute ever less", "plain", ordered(-1.0)),
     _regime("outliers", "N(0, 1) + N(0, 100)·Bernoulli(0.01)", "plain", outliers),
-    _regime("log-near-zero", "the sum is 1 up to rounding: the log cancels, relative to the result", "plain", log_near_zero),
+    _regime(
+        "log-near-zero",
+        "the sum is 1 up to rounding: the log cancels, relative to the result",
+        "plain",
+        log_near_zero,
+    ),
     _regime("subnormal", "entries below the smallest normal number", "tied", subnormal, vacuous=True),
     _regime("masked", "-inf entries, and rows of nothing else: -inf less itself is NaN", "plain", masked),
     _regime("seen-nonfinite", "rows with a NaN or +inf beside rows without", "nonfinite", seen_nonfinite),
-    _regime("representable", "weights exactly 0 or a power of two, log-sum-exp a multiple of ln 2", "exact", representable),
-)  # fmt: skip
+    _regime(
+        "representable",
+        "weights exactly 0 or a power of two, log-sum-exp a multiple of ln 2",
+        "exact",
+        representable,
+    ),
+)

@@ -14,7 +14,7 @@ __all__ = ["seen_keys"]
 def seen_keys(
     sizes: Mapping[str, int], options: Mapping[str, Any], bias: npt.NDArray[np.float64] | None = None
 ) -> npt.NDArray[np.bool_]:
-    """The keys that each row sees under ``causal``, ``window``, ``cu_seqlens`` and the −inf entries of ``bias``.
+    """The keys that each row sees, by ``causal``, ``window``, ``cu_seqlens`` and −inf in ``bias``.
 
     Args:
         sizes: symbol to size (B, H, M, N).

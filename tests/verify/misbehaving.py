@@ -173,11 +173,18 @@ def return_none(x: torch.Tensor) -> None:
 
 @_way
 def return_mixture(x: torch.Tensor) -> Any:
-    return [x * 2, (x.sum(), {"a": 1}), 3.5, x.to_sparse(), torch.empty(3, device="meta"), x.expand(10**9, *x.shape)]
+    return [
+        x * 2,
+        (x.sum(), {"a": 1}),
+        3.5,
+        x.to_sparse(),
+        torch.empty(3, device="meta"),
+        x.expand(10**9, *x.shape),
+    ]
 
 
 @_way
-def mutate(x: torch.Tensor) -> torch.Tensor:
+def mutate(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     result = x * 2
     x[1, 2] = 7.0
     return result
@@ -204,7 +211,7 @@ def write_beyond_the_view(x: torch.Tensor) -> torch.Tensor:
 
 
 @_way
-def write_guards(x: torch.Tensor) -> torch.Tensor:
+def write_guards(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     ctypes.memset(x.data_ptr() - 3, 0, 2)
     ctypes.memset(x.data_ptr() + x.numel() * x.element_size() + 8, 0, 5)
     return x * 2
@@ -298,7 +305,12 @@ def change_settings(x: torch.Tensor) -> torch.Tensor:
 @_way
 def report_settings(x: torch.Tensor) -> torch.Tensor:
     print(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.empty(1).device)
-    print(os.getcwd(), "PATH" in os.environ, bool(sys.path), signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
+    print(
+        os.getcwd(),
+        "PATH" in os.environ,
+        bool(sys.path),
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
+    )
     return torch.tensor([sys.float_info.min / 2 > 0], dtype=torch.float32)
 
 
@@ -323,7 +335,7 @@ def leave_a_daemon(x: torch.Tensor, file: str) -> torch.Tensor:
         "time.sleep(600)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, close_fds=False)
-    while not os.path.exists(file) or not open(file).read():
+    while not os.path.exists(file) or not os.path.getsize(file):
         time.sleep(0.01)
     return x * 2
 
@@ -351,7 +363,9 @@ def describe_input(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
     """Prints what arrived; returns copies of the tensors."""
     for value in (x, *rest, *options.values()):
         if isinstance(value, torch.Tensor):
-            print(tuple(value.shape), value.stride(), value.storage_offset(), value.data_ptr() % 64, value.dtype)
+            print(
+                tuple(value.shape), value.stride(), value.storage_offset(), value.data_ptr() % 64, value.dtype
+            )
         else:
             print(repr(value))
     return tuple(value.clone() for value in (x, *rest, *options.values()) if isinstance(value, torch.Tensor))

@@ -1,19 +1,21 @@
 """Checked access to memory: addresses to storage indices, gathers, scatters, atomic updates.
 
-A tile whose last-varying axis is contiguous in memory is read row by row (`index_select` on overlapping windows copies
-whole rows: 8 µs for 32 tiles of 64x64 float16 where an element-wise gather takes 120), anything else element by element.
+A tile whose last-varying axis is contiguous in memory is read row by row (`index_select` on overlapping
+windows copies whole rows: 8 µs for 32 tiles of 64x64 float16 where an element-wise gather takes 120),
+anything else element by element.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnproof.emulator.machine import Context
 from attnproof.emulator.memory import Buffer, Site, fault
-from attnproof.emulator.values import Pointer, remembered
+from attnproof.emulator.values import Pointer, broadcast, common_shape, remembered
 
 
 def _bounds(part: Tensor) -> tuple[int, int]:
@@ -27,7 +29,7 @@ def _bounds(part: Tensor) -> tuple[int, int]:
 def _extreme(parts: tuple[Tensor, ...]) -> tuple[int, int]:
     low = high = 0
     for part in parts:
-        least, most = remembered(part, "bounds", lambda part=part: _bounds(part))
+        least, most = remembered(part, "bounds", _bounds)
         low, high = low + least, high + most
     return low, high
 
@@ -36,8 +38,9 @@ def _extreme(parts: tuple[Tensor, ...]) -> tuple[int, int]:
 class Access:
     """A checked access: the buffer, and element indices as a part plus an optional contiguous axis.
 
-    `index` is int64 over the lazy shape (length 1 along `axis`); along `axis` (-1: none) the indices continue by 1,
-    `width` times. `mask` is None where all elements are active; where it is not, inactive ones have a valid index.
+    `index` is int64 over the lazy shape (length 1 along `axis`); along `axis` (-1: none) the indices continue
+    by 1, `width` times. `mask` is None where all elements are active; where it is not, inactive ones have a
+    valid index.
     """
 
     buffer: Buffer
@@ -48,9 +51,7 @@ class Access:
     mask: Tensor | None
 
 
-def resolve(
-    context: Context, pointer: Pointer, mask: Tensor | None, size: int, site: Site
-) -> list[Access]:
+def resolve(context: Context, pointer: Pointer, mask: Tensor | None, size: int, site: Site) -> list[Access]:
     """Check an access of elements of `size` bytes; one entry for each tensor reached, none where no element is active.
 
     Raises MemoryFault for the first active element outside every storage, or misaligned.
@@ -96,7 +97,7 @@ def _spread(pointer: Pointer, mask: Tensor | None) -> tuple[Tensor, Tensor | Non
     addresses = pointer.addresses()
     if mask is None:
         return addresses, None
-    addresses, mask = torch.broadcast_tensors(addresses, mask)
+    addresses, mask = broadcast(addresses, mask)
     return addresses, mask
 
 
@@ -121,7 +122,9 @@ def _mask_one_part(
     return None
 
 
-def _scattered(context: Context, pointer: Pointer, mask: Tensor | None, size: int, site: Site) -> list[Access]:
+def _scattered(
+    context: Context, pointer: Pointer, mask: Tensor | None, size: int, site: Site
+) -> list[Access]:
     addresses, active = _spread(pointer, mask)
     chosen = addresses if active is None else addresses[active]
     low, high = int(chosen.amin()), int(chosen.amax())
@@ -144,9 +147,7 @@ def _scattered(context: Context, pointer: Pointer, mask: Tensor | None, size: in
     return accesses
 
 
-def _contiguous_axis(
-    parts: tuple[Tensor, ...], mask: Tensor | None, size: int
-) -> tuple[int, int] | None:
+def _contiguous_axis(parts: tuple[Tensor, ...], mask: Tensor | None, size: int) -> tuple[int, int] | None:
     """(part, axis) such that the part alone varies along the axis, by one element each, and the mask does not."""
     for position, part in enumerate(parts):
         long = [axis for axis in range(1, part.dim()) if part.shape[axis] > 1]
@@ -157,7 +158,7 @@ def _contiguous_axis(
             continue
         if any(other.shape[axis] > 1 for i, other in enumerate(parts) if i != position):
             continue
-        if remembered(part, f"steps{axis}by{size}", lambda part=part, axis=axis: _steps_by(part, axis, size)):
+        if remembered(part, f"steps{axis}by{size}", partial(_steps_by, axis=axis, size=size)):
             return position, axis
     return None
 
@@ -219,7 +220,7 @@ def spread(access: Access, value: Tensor | None) -> tuple[Tensor, Tensor | None,
         run = torch.arange(access.width)
         index = index + run.view([-1 if i == access.axis else 1 for i in range(index.dim())])
     others = [t for t in (value, access.mask) if t is not None]
-    shape = torch.broadcast_shapes(index.shape, *(t.shape for t in others))
+    shape = common_shape(index.shape, *(t.shape for t in others))
     index = index.expand(shape)
     position = torch.arange(shape[0]).view(-1, *(1 for _ in shape[1:])).expand(shape)
     if value is not None:
@@ -242,8 +243,9 @@ def store(access: Access, value: Tensor) -> None:
 
 def _store_rows(access: Access, flat: Tensor, value: Tensor) -> bool:
     """Whole rows at once, where all of them start at the same phase of their width."""
-    shape = torch.broadcast_shapes(access.index.shape, value.shape, *([access.mask.shape] if access.mask is not None else []))
     axis, width = access.axis, access.width
+    run = [width if i == axis else n for i, n in enumerate(access.index.shape)]
+    shape = common_shape(run, value.shape, *([access.mask.shape] if access.mask is not None else []))
     starts = access.index.expand([1 if i == axis else n for i, n in enumerate(shape)])
     rows = value.expand(shape).movedim(axis, -1)
     if access.mask is None:

@@ -1,7 +1,7 @@
 """What kernels become on real targets, without a GPU: compiled to cubin or hsaco with the assemblers inside Triton's wheel.
 
-A callable is run under a driver that compiles every launch completely and executes none; what the binary needs is
-read at the end of the last compilation stage and kept in Triton's own cache beside it.
+A callable is run under a driver that compiles every launch completely and executes none; what the binary
+needs is read at the end of the last compilation stage and kept in Triton's own cache beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,9 +48,9 @@ MATRIX_INSTRUCTIONS = frozenset(
 class CompiledKernel:
     """What one specialisation of a kernel needs on one target.
 
-    `registers` are per thread (vector registers on gfx942); `spill_bytes` is the stack and local memory of a thread
-    (scratch on gfx942), zero for a kernel without spills; `shared_bytes` per program; `instructions` counts mnemonics in
-    the binary, each loop body once.
+    `registers` are per thread (vector registers on gfx942); `spill_bytes` is the stack and local memory of a
+    thread (scratch on gfx942), zero for a kernel without spills; `shared_bytes` per program; `instructions`
+    counts mnemonics in the binary, each loop body once.
     """
 
     kernel: str
@@ -74,7 +73,9 @@ class CompiledKernel:
 def _tool(name: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
-        raise EmulationError(f"the Triton wheel has no {name} ({path}): install the official wheel of triton {triton.__version__}")
+        raise EmulationError(
+            f"the Triton wheel has no {name} ({path}): install the official wheel of triton {triton.__version__}"
+        )
     return str(path)
 
 
@@ -88,10 +89,18 @@ def _measure_cubin(cubin: bytes) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [_tool("cuobjdump"), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-        code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-    figures = {key: max(map(int, re.findall(rf"\b{key}:(\d+)", usage)), default=0) for key in ("REG", "STACK", "LOCAL")}
+        code = subprocess.run(
+            [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    figures = {
+        key: max(map(int, re.findall(rf"\b{key}:(\d+)", usage)), default=0)
+        for key in ("REG", "STACK", "LOCAL")
+    }
     return {
         "registers": figures["REG"],
         "spill_bytes": figures["STACK"] + figures["LOCAL"],
@@ -121,7 +130,9 @@ def _measure_hsaco(hsaco: bytes, assembly: str) -> dict[str, Any]:
     }
 
 
-def _measure(backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, _: Any = None) -> Any:
+def _measure(
+    backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, _: Any = None
+) -> Any:
     """A hook into Triton's stages that leaves the binary's figures in the kernel's metadata."""
     if backend is None:
         return _MEASURE_VERSION, _MEASURE_VERSION
@@ -141,21 +152,12 @@ def _measure(backend: Any = None, stages: Any = None, options: Any = None, langu
 
 class _RecordingLauncher:
     def __init__(self, src: Any, metadata: Any) -> None:
-        driver = triton.runtime.driver.active
-        assert isinstance(driver, RecordingDriver)
-        self.report = CompiledKernel(
-            kernel=metadata.name,
-            target=driver.target.name,
-            shared_bytes=metadata.shared,
-            warps=metadata.num_warps,
-            stages=metadata.num_stages,
-            **metadata.attnproof_resources,
-        )
+        self.metadata = metadata
 
     def __call__(self, *_: Any) -> None:
         driver = triton.runtime.driver.active
         assert isinstance(driver, RecordingDriver)
-        driver.launches[self] += 1
+        driver.note(self.metadata)
 
 
 class _RecordingUtils:
@@ -165,11 +167,8 @@ class _RecordingUtils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return dict(self.properties)
 
-    def load_binary(self, *_: Any) -> tuple[object, object, int, int, int]:
-        return object(), object(), 0, 0, self.properties["max_threads_per_block"]
-
-    def unload_module(self, module: object) -> None:
-        """Nothing was loaded."""
+    def load_binary(self, *_: Any) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, self.properties["max_threads_per_block"]
 
 
 class RecordingDriver(EmulatorDriver):
@@ -182,12 +181,27 @@ class RecordingDriver(EmulatorDriver):
         # Kernels of the emulator have no binary: keep the two apart in JITFunction's cache.
         self.target = replace(self.target, device=self.target.device + 500)
         self.utils = _RecordingUtils(self.target.properties)  # type: ignore[assignment]
-        self.launches: Counter[_RecordingLauncher] = Counter()
+        self.reports: dict[str, CompiledKernel] = {}
+
+    def note(self, metadata: Any) -> None:
+        """Count one launch of the kernel with this metadata."""
+        if metadata.hash in self.reports:
+            report = self.reports[metadata.hash]
+            self.reports[metadata.hash] = replace(report, launches=report.launches + 1)
+            return
+        self.reports[metadata.hash] = CompiledKernel(
+            kernel=metadata.name,
+            target=self.target.name,
+            shared_bytes=metadata.shared,
+            warps=metadata.num_warps,
+            stages=metadata.num_stages,
+            **metadata.attnproof_resources,
+        )
 
 
 @contextmanager
 def record(target: str) -> Iterator[RecordingDriver]:
-    """Inside, launches are compiled for the target and noted in the driver's `launches`, and nothing is executed."""
+    """Inside, launches are compiled for the target and noted in the driver's `reports`, and nothing is executed."""
     driver = RecordingDriver(target)
     with LOCK, active_driver(driver, _measure), pretended_device(driver.target), poisoned_empties():
         yield driver
@@ -202,11 +216,13 @@ def compile_launches(
     """Compile every Triton kernel that `call(*args, **kwargs)` launches, for each target, to its binary.
 
     Args:
-        call: a Python function that launches kernels on CPU tensors. It runs once per target; the kernels themselves do
+        call: a Python function that launches kernels on CPU tensors. It runs once per target; the kernels
+        themselves do
             not execute, so that it sees NaN wherever they would have written.
         targets: any of "sm_80", "sm_90", "sm_100", "gfx942".
 
-    Returns one entry per kernel specialisation and target, in order of first launch, with the number of launches.
+    Returns one entry per kernel specialisation and target, in order of first launch, with the number of
+    launches.
 
     Raises ValueError for an unknown target, EmulationError where nothing is launched, and Triton's own errors
     (`OutOfResources`, `CompilationError`) where a kernel cannot be compiled.
@@ -217,10 +233,10 @@ def compile_launches(
     for target in targets:
         with record(target) as driver:
             call(*args, **(kwargs or {}))
-        if not driver.launches:
+        if not driver.reports:
             raise EmulationError(
                 f"{getattr(call, '__qualname__', call)!s} launched no Triton kernel: there is nothing to compile. "
                 "Does it fall back to torch for CPU tensors?"
             )
-        reports += [replace(launcher.report, launches=count) for launcher, count in driver.launches.items()]
+        reports += driver.reports.values()
     return reports

@@ -1,8 +1,8 @@
 """The Triton driver that runs kernels in the emulator, and every private interface of Triton that this takes.
 
-Triton asks its active driver for the target, the device, a launcher and a loader of binaries. Compilation is cut off
-after TTIR (`add_stages_inspection_hook`), and the TTIR's text itself takes the binary's place. Each target has a device
-number of its own, because `JITFunction` caches compiled kernels by device.
+Triton asks its active driver for the target, the device, a launcher and a loader of binaries. Compilation is
+cut off after TTIR (`add_stages_inspection_hook`), and the TTIR's text itself takes the binary's place. Each
+target has a device number of its own, because `JITFunction` caches compiled kernels by device.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from attnproof.emulator.targets import TARGETS, Target, target_named
 LOCK = threading.RLock()
 
 
-def _keep_only_ttir(backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, _: Any = None) -> Any:
+def _keep_only_ttir(
+    backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, _: Any = None
+) -> Any:
     """Replaces everything after TTIR by one stage that hands the TTIR on as if it were the binary."""
     if backend is None:
-        # Called without arguments for a key and a hash, which keep these kernels apart in both of Triton's caches.
+        # Called without arguments for a key and a hash, which keep these kernels apart in both of Triton's
+        # caches.
         return "attnproof-emulator-ttir", "attnproof-emulator-ttir"
 
     def finish(module: Any, metadata: dict[str, Any]) -> bytes:
@@ -61,11 +64,15 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return dict(self.target.properties)
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
-        return object(), lower_kernel(binary.decode(), name), 0, 0, self.target.properties["max_threads_per_block"]
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: int
+    ) -> tuple[None, object, int, int, int]:
+        # Without a module Triton has nothing to unload, which it would ask of whatever driver is active at
+        # that time.
+        return None, lower_kernel(binary, name), 0, 0, self.target.properties["max_threads_per_block"]
 
     def unload_module(self, module: object) -> None:
-        """Nothing to release: lowered kernels are kept by their own cache."""
+        """Never asked, since there are no modules."""
 
 
 def runtime_arguments(signature: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
@@ -174,18 +181,23 @@ def emulate(
     """Run every `@triton.jit` kernel launched inside on CPU tensors, as the target would.
 
     Args:
-        target: "sm_80", "sm_90", "sm_100" or "gfx942". Triton's front end compiles for it, so its defaults hold
+        target: "sm_80", "sm_90", "sm_100" or "gfx942". Triton's front end compiles for it, so its defaults
+        hold
             (a float32 `tl.dot` rounds its operands to tf32 on sm_*, not on gfx942).
-        undefined_is_nan: what a masked-out load without `other` gives: NaN, to find kernels that rely on it; by
+        undefined_is_nan: what a masked-out load without `other` gives: NaN, to find kernels that rely on it;
+        by
             default zero, as on NVIDIA and AMD GPUs today.
-        poison: fill what `torch.empty`, `empty_like`, `empty_strided`, `new_empty` and `new_empty_strided` return with
+        poison: fill what `torch.empty`, `empty_like`, `empty_strided`, `new_empty` and `new_empty_strided`
+        return with
             NaN (integers with a large odd number), so that elements which a kernel forgets to write are seen.
-        races: "ignore", "warn" or "raise": what happens when two programs of one launch store different values to one
+        races: "ignore", "warn" or "raise": what happens when two programs of one launch store different
+        values to one
             address.
-        memory_limit: bytes that the live values of one batch of programs may take; results do not depend on it.
+        memory_limit: bytes that the live values of one batch of programs may take; results do not depend on
+        it.
 
-    Contexts nest, and restore the previous driver when left, by an exception too. Triton's active driver belongs to the
-    process: contexts entered from several threads wait for each other.
+    Contexts nest, and restore the previous driver when left, by an exception too. Triton's active driver
+    belongs to the process: contexts entered from several threads wait for each other.
 
     Raises ValueError for an unknown target or option. Inside: MemoryFault, EmulationError, RaceFault.
     """

@@ -27,7 +27,7 @@ from attnproof.emulator.machine import Context, FunctionCode, Settings, run_regi
 from attnproof.emulator.memory import AddressSpace
 from attnproof.emulator.syntax import Function, parse
 from attnproof.emulator.types import Type
-from attnproof.emulator.values import Pointer, Value
+from attnproof.emulator.values import Descriptor, Pointer, Value
 
 # Live values of one batch are kept to about this many bytes: larger batches leave the caches and gain nothing
 # (measured with tests/benchmarks/test_emulator_speed.py: 8 MiB 1.0, 2 MiB 1.1, 64 MiB 1.3 times the time).
@@ -35,12 +35,14 @@ _BATCH_BYTES = 8 << 20
 
 
 @lru_cache(maxsize=512)
-def lower_kernel(ttir: str, name: str) -> FunctionCode:
+def lower_kernel(ttir: bytes, name: str) -> FunctionCode:
     """Parse and lower a kernel's TTIR; cached, so that a repeated launch pays nothing.
+
+    Bytes remember their hash, so that looking up the same object again costs next to nothing.
 
     Raises EmulationError for operations that the emulator does not execute.
     """
-    functions = {function.name: function for function in parse(ttir)}
+    functions = {function.name: function for function in parse(ttir.decode())}
     return Lowering(entry_point(functions, name), functions, {}, name).lower()
 
 
@@ -66,11 +68,13 @@ def scalar(value: Any, kind: Type) -> Tensor:
     return torch.tensor([whole - (1 << bits) if whole >= 1 << (bits - 1) else whole], dtype=kind.dtype)
 
 
-def launch(code: FunctionCode, grid: tuple[int, int, int], arguments: Sequence[Any], settings: Settings) -> None:
+def launch(
+    code: FunctionCode, grid: tuple[int, int, int], arguments: Sequence[Any], settings: Settings
+) -> None:
     """Execute a kernel over a grid.
 
-    `arguments` are those that survive in the IR (no constexprs), in its order: CPU tensors for pointers, numbers for
-    scalars. Raises MemoryFault, RaceFault, EmulationError.
+    `arguments` are those that survive in the IR (no constexprs), in its order: CPU tensors for pointers,
+    numbers for scalars. Raises MemoryFault, RaceFault, EmulationError.
     """
     programs = grid[0] * grid[1] * grid[2]
     if programs <= 0:
@@ -89,15 +93,44 @@ def launch(code: FunctionCode, grid: tuple[int, int, int], arguments: Sequence[A
 def bind(code: FunctionCode, arguments: Sequence[Any], memory: AddressSpace) -> list[Value]:
     """The kernel's arguments as values; tensors are entered into the address space."""
     kinds = [kind for kind in code.argument_types if isinstance(kind, Type)]
-    if len(kinds) != len(arguments):
+    raw: list[Any] = []
+    for argument in arguments:
+        raw += _descriptor_fields(argument, kinds[len(raw) :])
+    if len(kinds) != len(raw):
         raise EmulationError(
             f"kernel {code.name} takes {len(kinds)} run-time arguments ({', '.join(code.argument_names)}), "
-            f"the launch passes {len(arguments)}"
+            f"the launch passes {len(raw)}"
         )
-    values: list[Value] = []
-    for name, kind, argument in zip(code.argument_names, kinds, arguments, strict=True):
-        values.append(_pointer(code, name, argument, memory) if kind.is_pointer else scalar(argument, kind))
-    return values
+    return [
+        _value(code, name, kind, argument, memory)
+        for name, kind, argument in zip(code.argument_names, kinds, raw, strict=True)
+    ]
+
+
+def _descriptor_fields(argument: Any, kinds: Sequence[Type]) -> list[Any]:
+    """A host-side TensorDescriptor as the IR's arguments: whole where it has such a type, else taken apart.
+
+    Triton passes shape and strides beside a whole descriptor (GPUs with a tensor memory accelerator);
+    elsewhere base, shape, strides, padding and rounding flags, and then shape and strides again
+    (triton/backends/driver.py).
+    """
+    if not (hasattr(argument, "base") and hasattr(argument, "block_shape")):
+        return [argument]
+    sizes = [*argument.shape, *argument.strides]
+    if kinds and kinds[0].is_descriptor:
+        return [argument, *sizes]
+    rounds = bool(getattr(argument, "round_f32_to_tf32", False))
+    return [argument.base, *sizes, argument.padding == "nan", rounds, *sizes]
+
+
+def _value(code: FunctionCode, name: str, kind: Type, argument: Any, memory: AddressSpace) -> Value:
+    if kind.is_descriptor:
+        size, stride = (
+            [torch.tensor([n]) for n in numbers] for numbers in (argument.shape, argument.strides)
+        )
+        base = _pointer(code, name, argument.base, memory)
+        return Descriptor(base, tuple(size), tuple(stride), kind.pointee.shape, argument.padding == "nan")
+    return _pointer(code, name, argument, memory) if kind.is_pointer else scalar(argument, kind)
 
 
 def _pointer(code: FunctionCode, name: str, argument: Any, memory: AddressSpace) -> Pointer:
@@ -108,7 +141,9 @@ def _pointer(code: FunctionCode, name: str, argument: Any, memory: AddressSpace)
     # triton.reinterpret wraps a tensor to give it another element type.
     tensor = argument if isinstance(argument, Tensor) else getattr(argument, "base", argument)
     if not isinstance(tensor, Tensor):
-        raise EmulationError(f"argument {name!r} of kernel {code.name} must be a torch tensor, got {type(argument).__name__}")
+        raise EmulationError(
+            f"argument {name!r} of kernel {code.name} must be a torch tensor, got {type(argument).__name__}"
+        )
     if tensor.device.type != "cpu":
         raise EmulationError(
             f"argument {name!r} of kernel {code.name} is on {tensor.device}: the emulator runs on CPU tensors. "

@@ -1,8 +1,8 @@
 """Turns parsed TTIR into steps: slots instead of names, constants folded, dead values released.
 
-Each operation has a *preparer*, registered by name in one of the `ops_*` modules. It looks at types and attributes once
-and returns the function that is called at run time with the operands' values. An operation with regions has a *control*
-preparer, whose step reads and writes the registers itself.
+Each operation has a *preparer*, registered by name in one of the `ops_*` modules. It looks at types and
+attributes once and returns the function that is called at run time with the operands' values. An operation
+with regions has a *control* preparer, whose step reads and writes the registers itself.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def controls(*names: str) -> Callable[[Control], Control]:
 class Lowering:
     """Lowers one function; nested scopes share its registers."""
 
-    def __init__(self, function: Function, module: dict[str, Function], cache: dict[str, FunctionCode], kernel: str) -> None:
+    def __init__(
+        self, function: Function, module: dict[str, Function], cache: dict[str, FunctionCode], kernel: str
+    ) -> None:
         self.function = function
         self.module = module
         self.cache = cache
@@ -158,7 +160,12 @@ class Lowering:
         self._release(pending, code, kept, owned=single)
 
     def _release(
-        self, pending: list[tuple[Op, Step, set[int], list[int]]], code: BlockCode, kept: set[int], *, owned: bool
+        self,
+        pending: list[tuple[Op, Step, set[int], list[int]]],
+        code: BlockCode,
+        kept: set[int],
+        *,
+        owned: bool,
     ) -> None:
         """Append the steps, each followed by the release of the values that it was the last to read."""
         mine = {slot for _, _, _, outs in pending for slot in outs}

@@ -1,8 +1,8 @@
 """Runs lowered TTIR: a register list, a list of steps, and the set of programs that execute them together.
 
-Divergence is handled by splitting the programs: where a branch or a trip count differs between them, each group runs
-by itself on its own, smaller program axis, and the results are put together again. No operation ever sees a program
-that would not have executed it.
+Divergence is handled by splitting the programs: where a branch or a trip count differs between them, each
+group runs by itself on its own, smaller program axis, and the results are put together again. No operation
+ever sees a program that would not have executed it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ class Context:
     __slots__ = ("_ids", "grid", "kernel", "memory", "programs", "settings")
 
     def __init__(
-        self, programs: Tensor, grid: tuple[int, int, int], memory: AddressSpace, kernel: str, settings: Settings
+        self,
+        programs: Tensor,
+        grid: tuple[int, int, int],
+        memory: AddressSpace,
+        kernel: str,
+        settings: Settings,
     ) -> None:
         self.programs = programs
         self.grid = grid
@@ -74,7 +79,9 @@ class Context:
 
     def subset(self, index: Tensor) -> Context:
         """The same launch, seen by the programs at `index`."""
-        return Context(self.programs.index_select(0, index), self.grid, self.memory, self.kernel, self.settings)
+        return Context(
+            self.programs.index_select(0, index), self.grid, self.memory, self.kernel, self.settings
+        )
 
     def first(self, count: int) -> Context:
         """The same launch, seen by the first `count` programs."""
@@ -138,7 +145,9 @@ def run_block(block: BlockCode, context: Context, registers: Registers) -> list[
     return [registers[slot] for slot in block.returns]
 
 
-def run_region(region: RegionCode, context: Context, registers: Registers, arguments: list[Value]) -> list[Value]:
+def run_region(
+    region: RegionCode, context: Context, registers: Registers, arguments: list[Value]
+) -> list[Value]:
     """Execute a region: straight through for one block, following branches for several.
 
     Programs that branch apart run to the region's end separately; they do not meet again before it.

@@ -1,8 +1,9 @@
 """The memory that a launch may touch: the storages of its tensors, at virtual addresses far apart.
 
-Every storage gets a virtual base of its own, 2^44 bytes from the next, so that no offset, however wrong, reaches another
-tensor by accident: on the GPU such an access corrupts silently, here it is a `MemoryFault`. Bounds are those of the
-storage, as for the hardware's own sanitizers: a view may reach around itself within its storage.
+Every storage gets a virtual base of its own, 2^44 bytes from the next, so that no offset, however wrong,
+reaches another tensor by accident: on the GPU such an access corrupts silently, here it is a `MemoryFault`.
+Bounds are those of the storage, as for the hardware's own sanitizers: a view may reach around itself within
+its storage.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Buffer:
         """All whole elements of `size` bytes as integers."""
         if size not in self.views:
             view = torch.empty(0, dtype=CARRIERS[size])
-            self.views[size] = view.set_(self.storage, 0, (self.nbytes // size,))
+            count = self.nbytes // size
+            self.views[size] = view.set_(self.storage, 0, (count,), (1,))
         return self.views[size]
 
 
@@ -46,7 +48,8 @@ class AddressSpace:
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.by_storage: dict[int, Buffer] = {}
-        # For the race detector: the last writer of each element (program number + 1), by buffer and element size.
+        # For the race detector: the last writer of each element (program number + 1), by buffer and element
+        # size.
         self.writers: dict[tuple[int, int], Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> Pointer:
@@ -59,7 +62,7 @@ class AddressSpace:
             buffer = Buffer(base, storage.nbytes(), storage)
             self.buffers.append(buffer)
             self.by_storage[real] = buffer
-        offset = tensor.storage_offset() * tensor.element_size()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
         buffer.names.append((name, offset))
         address = buffer.base + offset
         # Lowest set bit of the address, at most 16: what Triton itself specialises on.
@@ -105,7 +108,9 @@ def fault(context: Context, site: Site, addresses: Tensor, active: Tensor | None
         if address < 1 << 16:
             why += " (a null pointer?)"
     else:
-        name, start = min(buffer.names, key=lambda n: (abs(buffer.base + n[1] - address) if len(buffer.names) > 1 else 0))
+        name, start = min(
+            buffer.names, key=lambda n: abs(buffer.base + n[1] - address) if len(buffer.names) > 1 else 0
+        )
         offset = address - buffer.base - start
         if offset % size:
             why = f"misaligned address: {offset} bytes from the start of {name!r}, not a multiple of {size}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The largest finite values; conversions on NVIDIA GPUs saturate there (PTX ISA, cvt.satfinite), infinities included.
+# The largest finite values; conversions on NVIDIA GPUs saturate there (PTX ISA, cvt.satfinite), infinities
+# included.
 FLOAT8_MAX: dict[torch.dtype, float] = {
     torch.float8_e4m3fn: 448.0,
     torch.float8_e5m2: 57344.0,
@@ -57,7 +58,8 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _odd_sum(a: Tensor, b: Tensor) -> Tensor:
     """a + b in float64 rounded to odd: rounding it again to a shorter format is then the same as rounding once.
 
-    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
+    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
+    odd", 2008.
     """
     total, rest = _two_sum(a, b)
     bits = total.view(torch.int64)
@@ -70,9 +72,9 @@ def _odd_sum(a: Tensor, b: Tensor) -> Tensor:
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a·b + c with one rounding for float32 and narrower.
 
-    Products of two float32 numbers are exact in float64; the sum is rounded to odd there, which makes the second
-    rounding harmless. float64 itself is computed with an error-free product and two roundings in rare cases (error at
-    most 0.5 + 2⁻⁵² ulp).
+    Products of two float32 numbers are exact in float64; the sum is rounded to odd there, which makes the
+    second rounding harmless. float64 itself is computed with an error-free product and two roundings in rare
+    cases (error at most 0.5 + 2⁻⁵² ulp).
     """
     if a.dtype != torch.float64:
         return _odd_sum(a.double() * b.double(), c.double()).to(a.dtype)

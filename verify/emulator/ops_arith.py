@@ -1,7 +1,8 @@
 """arith.*: element by element, each result rounded to its IR type.
 
-float16 and bfloat16 sums, products and quotients are computed in float32 by torch and rounded once: float32 has more than
-2p + 2 bits, so that this is the correctly rounded result (Figueroa, "When is double rounding innocuous?", 1995).
+float16 and bfloat16 sums, products and quotients are computed in float32 by torch and rounded once: float32
+has more than 2p + 2 bits, so that this is the correctly rounded result (Figueroa, "When is double rounding
+innocuous?", 1995).
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def _constant(op: Op, low: Lowering) -> Run:
         text = text[len("dense<") : -1]
     if text.startswith("["):
         values = [_literal(t, kind) for t in split_top(text.replace("[", "").replace("]", ""))]
-        tensor = torch.tensor(values, dtype=torch.float64 if kind.is_float else None).to(kind.dtype).view(1, *kind.shape)
+        tensor = (
+            torch.tensor(values, dtype=torch.float64 if kind.is_float else None)
+            .to(kind.dtype)
+            .view(1, *kind.shape)
+        )
     else:
         value = _literal(text, kind)
         wide = torch.float64 if kind.is_float else torch.bool if kind.element == "i1" else torch.int64
@@ -72,7 +77,7 @@ def _boolean_or(f: Binary, on_booleans: Binary) -> Binary:
     return lambda a, b: on_booleans(a, b) if a.dtype == torch.bool else f(a, b)
 
 
-for _name, _f in {
+_BINARY: dict[str, Binary] = {
     "arith.addf": torch.add,
     "arith.subf": torch.sub,
     "arith.mulf": torch.mul,
@@ -93,7 +98,8 @@ for _name, _f in {
     "arith.minnumf": torch.fmin,
     "arith.maximumf": torch.maximum,
     "arith.minimumf": torch.minimum,
-}.items():
+}
+for _name, _f in _BINARY.items():
     _register_binary(_name, _f)
 
 
@@ -154,7 +160,7 @@ def _multiply_high(a: Any, b: Any) -> Any:
     return a1 * b1 + (middle >> half) + (carry >> half)
 
 
-for _name, _f in {
+_INTEGER: dict[str, Binary] = {
     "arith.divsi": lambda a, b: torch.div(a, _nonzero(b), rounding_mode="trunc"),
     "arith.remsi": lambda a, b: torch.fmod(a, _nonzero(b)),
     "arith.floordivsi": _floor_division,
@@ -163,11 +169,14 @@ for _name, _f in {
     "arith.remui": _on_unsigned(np.remainder, divides=True),
     "arith.maxui": _on_unsigned(np.maximum),
     "arith.minui": _on_unsigned(np.minimum),
-    "arith.shli": lambda a, b: torch.where((b >= 0) & (b < 8 * a.itemsize), a << (b & (8 * a.itemsize - 1)), 0).to(a.dtype),
+    "arith.shli": lambda a, b: torch.where(
+        (b >= 0) & (b < 8 * a.itemsize), a << (b & (8 * a.itemsize - 1)), 0
+    ).to(a.dtype),
     "arith.shrsi": lambda a, b: a >> b.clamp(0, 8 * a.itemsize - 1),
     "arith.shrui": _on_unsigned(_shift_right_unsigned),
     "tt.mulhiui": _on_unsigned(_multiply_high),
-}.items():
+}
+for _name, _f in _INTEGER.items():
     _register_binary(_name, _f)
 
 
@@ -238,19 +247,22 @@ def _cmpi(op: Op, low: Lowering) -> Run:
     return lambda _, a, b: f(plain(a), plain(b))
 
 
+def _as_wide(condition: Tensor, value: Tensor) -> Tensor:
+    """A scalar condition may choose between tensors: give it their axes."""
+    missing = value.dim() - condition.dim()
+    return condition.view(-1, *(1,) * missing) if condition.dim() == 1 and missing > 0 else condition
+
+
 @prepares("arith.select")
 def _select(op: Op, low: Lowering) -> Run:
-    rank = len((op.result_types or op.operand_types)[-1].shape)
-
     def run(_: Context, condition: Tensor, a: Value, b: Value) -> Value:
-        if condition.dim() != rank + 1:
-            condition = condition.view(-1, *(1,) * rank)
         if condition.numel() == 1:
             return a if bool(condition) else b
         if isinstance(a, Pointer) and isinstance(b, Pointer):
-            chosen = torch.where(condition, a.addresses(), b.addresses())
+            chosen = torch.where(_as_wide(condition, a.parts[0]), a.addresses(), b.addresses())
             return Pointer((chosen,), min(a.alignment, b.alignment))
-        return torch.where(condition, plain(a), plain(b))
+        first, second = plain(a), plain(b)
+        return torch.where(_as_wide(condition, first), first, second)
 
     return run
 
@@ -274,8 +286,11 @@ def _convert_unsigned(op: Op, low: Lowering) -> Run:
     if bits == 1:
         return lambda _, a: a.to(dtype)
     if bits == 64:
-        # numpy rounds correctly to float64; narrower targets take the two-step route through float32's own rule.
-        return lambda _, a: torch.from_numpy(unsigned(a).astype(np.float32 if dtype != torch.float64 else np.float64)).to(dtype)
+        # numpy rounds correctly to float64; narrower targets take the two-step route through float32's own
+        # rule.
+        return lambda _, a: torch.from_numpy(
+            unsigned(a).astype(np.float32 if dtype != torch.float64 else np.float64)
+        ).to(dtype)
     return lambda _, a: (a.to(torch.int64) & ((1 << bits) - 1)).to(dtype)
 
 
@@ -283,15 +298,21 @@ def _convert_unsigned(op: Op, low: Lowering) -> Run:
 def _to_integer(op: Op, low: Lowering) -> Run:
     kind = op.result_types[0]
     bits, dtype = kind.bits, kind.dtype
-    lowest, highest = (0, (1 << bits) - 1) if op.name == "arith.fptoui" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    lowest, highest = (
+        (0, (1 << bits) - 1) if op.name == "arith.fptoui" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    )
 
     def run(_: Context, a: Tensor) -> Tensor:
         # Out of range is undefined in the IR; GPUs saturate and turn NaN into zero (PTX ISA, cvt).
-        whole = torch.nan_to_num(a.double().trunc(), nan=0.0, posinf=math.inf, neginf=-math.inf).clamp(lowest, highest)
+        whole = torch.nan_to_num(a.double().trunc(), nan=0.0, posinf=math.inf, neginf=-math.inf).clamp(
+            lowest, highest
+        )
         if op.name == "arith.fptoui" and bits == 64:
             array = np.minimum(whole.numpy(), np.nextafter(2.0**64, 0)).astype(np.uint64)
             return signless(array, dtype)
-        result = whole.clamp(max=9223372036854774784.0).to(torch.int64) if bits == 64 else whole.to(torch.int64)
+        result = (
+            whole.clamp(max=9223372036854774784.0).to(torch.int64) if bits == 64 else whole.to(torch.int64)
+        )
         return torch.where(a.double() >= 2.0**63, highest, result) if bits == 64 else result.to(dtype)
 
     return run
@@ -326,5 +347,3 @@ def _clampf(op: Op, low: Lowering) -> Run:
     if "all" in (op.attributes.get("propagateNan", "none"), *op.attributes.get("words", "").split()):
         return lambda _, x, least, most: torch.minimum(torch.maximum(x, least), most)
     return lambda _, x, least, most: torch.fmin(torch.fmax(x, least), most)
-
-

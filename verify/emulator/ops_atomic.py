@@ -51,7 +51,9 @@ def _rounds(index: Tensor) -> Iterator[Tensor]:
         yield order[rank == r]
 
 
-def apply(access: Access, shape: torch.Size, dtype: torch.dtype, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def apply(
+    access: Access, shape: torch.Size, dtype: torch.dtype, change: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """Update the active elements of an access and return what they held, over `shape` (zero where inactive).
 
     `change(old, positions)` gives the new values of the elements at `positions` of the flattened active ones.
@@ -100,7 +102,13 @@ def _atomic_rmw(op: Op, low: Lowering) -> Run:
     def run(context: Context, pointer: Pointer, value: Tensor, mask: Tensor | None = None) -> Tensor:
         values = value.expand(_full_shape(context, kind.shape)).reshape(-1)
         return update(
-            context, pointer, mask, kind.shape, dtype, site, lambda old, places: combine(old, values[places]).to(dtype)
+            context,
+            pointer,
+            mask,
+            kind.shape,
+            dtype,
+            site,
+            lambda old, places: combine(old, values[places]).to(dtype),
         )
 
     return run

@@ -14,7 +14,6 @@ from attnproof.emulator.syntax import Block, Op, Region
 from attnproof.emulator.values import Value, first_programs, join_programs, last_programs, take_programs
 
 
-
 # A loop that goes on for longer than this over one batch of programs is taken for one that never ends.
 _MAX_WHILE_STEPS = 1 << 20
 
@@ -74,7 +73,13 @@ def _trip_counts(lower: Tensor, upper: Tensor, step: Tensor, *, unsigned: bool) 
 
 
 def _uniform(
-    body: RegionCode, context: Context, registers: Registers, carried: list[Value], lower: Tensor, step: Tensor, trips: int
+    body: RegionCode,
+    context: Context,
+    registers: Registers,
+    carried: list[Value],
+    lower: Tensor,
+    step: Tensor,
+    trips: int,
 ) -> list[Value]:
     variable = lower
     for _ in range(trips):

@@ -46,7 +46,8 @@ def addresses(
 ) -> tuple[Pointer, Tensor]:
     """Pointers to the elements of a block, and which of them lie inside the tensor.
 
-    `coordinates` has one index tensor per axis of the descriptor, each lazily shaped like the block plus a program axis.
+    `coordinates` has one index tensor per axis of the descriptor, each lazily shaped like the block plus a
+    program axis.
     """
     rank = len(shape)
     pointer = descriptor.base.map(lambda t: t.view(-1, *(1,) * rank))
@@ -137,7 +138,9 @@ def _reduce(op: Op, low: Lowering) -> Run:
         tile = _tile(origins, _aligned(block.shape, kind.shape), kind.shape)
         pointer, inside = addresses(descriptor, tile, block.size, kind.shape)
         values = value.expand(context.count, *kind.shape).reshape(-1)
-        change: Callable[[Tensor, Tensor], Tensor] = lambda old, places: combine(old, values[places]).to(old.dtype)  # noqa: E731
+        change: Callable[[Tensor, Tensor], Tensor] = lambda old, places: combine(old, values[places]).to(
+            old.dtype
+        )  # noqa: E731
         update(context, pointer, inside, kind.shape, block.dtype, site, change)
         return ()
 
@@ -169,7 +172,9 @@ def _scatter(op: Op, low: Lowering) -> Run:
     block, kind = block_type(op.operand_types[0]), op.operand_types[-1]
     site = Site(op.name, op.location)
 
-    def run(context: Context, descriptor: Descriptor, rows: Tensor, column: Tensor, value: Tensor) -> tuple[()]:
+    def run(
+        context: Context, descriptor: Descriptor, rows: Tensor, column: Tensor, value: Tensor
+    ) -> tuple[()]:
         tile = _rows(full(rows, kind.shape[:1]), column, kind.shape[1])
         pointer, inside = addresses(descriptor, tile, block.size, kind.shape)
         for access in resolve(context, pointer, inside, block.size, site):

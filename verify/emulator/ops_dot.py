@@ -26,7 +26,8 @@ def _dot(op: Op, low: Lowering) -> Run:
     precision = op.attributes.get("inputPrecision", "ieee") if kind_a.element == "f32" else "ieee"
     zero = low.constant(op.operands[2])
     no_addend = isinstance(zero, Tensor) and zero.numel() == 1 and not bool(zero != 0)
-    # Integers of up to 16 bits: float64 holds products and sums exactly, and is much faster than torch's integers.
+    # Integers of up to 16 bits: float64 holds products and sums exactly, and is much faster than torch's
+    # integers.
     wide = torch.float64 if kind_c.element in ("f64", "i32", "i64") else torch.float32
 
     def prepared(x: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def _dot(op: Op, low: Lowering) -> Run:
 
     def run(_: Context, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         # An operand that the loop does not change (a query tile) is widened and rounded once.
-        a, b = (remembered(x, f"wide{precision}", lambda x=x: prepared(x)) for x in (a, b))
+        a, b = (remembered(x, f"wide{precision}", prepared) for x in (a, b))
         a, b, c = full(a, kind_a.shape), full(b, kind_b.shape), full(c, kind_c.shape)
         if precision in _SPLITS:
             form, pieces, pairs = _SPLITS[precision]

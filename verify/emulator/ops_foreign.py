@@ -16,8 +16,8 @@ from attnproof.emulator.ops_arith import signless, unsigned
 from attnproof.emulator.syntax import Op
 from attnproof.emulator.values import Pointer, full
 
-# libdevice and OCML names without their prefix and type suffix. The `fast_` variants are evaluated accurately: their
-# documented errors are a property of the hardware's approximations, not of the IR.
+# libdevice and OCML names without their prefix and type suffix. The `fast_` variants are evaluated
+# accurately: their documented errors are a property of the hardware's approximations, not of the IR.
 LIBRARY: dict[str, Callable[..., Tensor]] = {
     "abs": torch.abs, "fabs": torch.abs, "acos": torch.acos, "acosh": torch.acosh, "asin": torch.asin,
     "asinh": torch.asinh, "atan": torch.atan, "atan2": torch.atan2, "atanh": torch.atanh, "ceil": torch.ceil,
@@ -55,7 +55,9 @@ def _extern(op: Op, low: Lowering) -> Run:
     f = library_function(symbol)
     if f is None:
         known = ", ".join(sorted(LIBRARY))
-        raise low.unsupported(op, f"the library function {symbol!r} has no counterpart here (known stems: {known})")
+        raise low.unsupported(
+            op, f"the library function {symbol!r} has no counterpart here (known stems: {known})"
+        )
     dtype = op.result_types[0].dtype
     return lambda _, *values: f(*values).to(dtype)
 
@@ -72,8 +74,8 @@ def _shift_right(a: Tensor, b: Tensor) -> Tensor:
     return signless(unsigned(a) >> unsigned(b.clamp(0, 31)), a.dtype)
 
 
-# PTX instructions without their type suffixes and modifiers (`approx`, `ftz`, `rn`), by the operation they compute.
-# bfloat16 and float16 variants round their result to the IR type afterwards.
+# PTX instructions without their type suffixes and modifiers (`approx`, `ftz`, `rn`), by the operation they
+# compute. bfloat16 and float16 variants round their result to the IR type afterwards.
 PTX: dict[str, Callable[..., Tensor]] = {
     "ex2": torch.exp2, "lg2": torch.log2, "tanh": torch.tanh, "rcp": torch.reciprocal, "rsqrt": torch.rsqrt,
     "sqrt": torch.sqrt, "sin": torch.sin, "cos": torch.cos, "abs": torch.abs, "neg": torch.neg,
@@ -81,7 +83,26 @@ PTX: dict[str, Callable[..., Tensor]] = {
     "max": torch.fmax, "min": torch.fmin, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
     "not": torch.bitwise_not, "shl": _shift_left, "shr": _shift_right, "mov": lambda x: x,
 }  # fmt: skip
-_MODIFIERS = frozenset({"approx", "ftz", "rn", "full", "sat", "lo", "f32", "f64", "f16", "bf16", "s32", "u32", "b32", "s64", "u64", "b64"})
+_MODIFIERS = frozenset(
+    {
+        "approx",
+        "ftz",
+        "rn",
+        "full",
+        "sat",
+        "lo",
+        "f32",
+        "f64",
+        "f16",
+        "bf16",
+        "s32",
+        "u32",
+        "b32",
+        "s64",
+        "u64",
+        "b64",
+    }
+)
 _ROUND = {"rni": torch.round, "rzi": torch.trunc, "rmi": torch.floor, "rpi": torch.ceil}
 
 
@@ -123,7 +144,8 @@ def _inline_asm(op: Op, low: Lowering) -> Run:
     if not supported or not program:
         known = ", ".join(sorted(PTX))
         raise low.unsupported(
-            op, f"the inline assembly {source!r} is not a sequence of plain element-wise PTX instructions ({known}; pack 1)"
+            op,
+            f"the inline assembly {source!r} is not a sequence of plain element-wise PTX instructions ({known}; pack 1)",
         )
     outputs = [kind.dtype for kind in op.result_types]
 

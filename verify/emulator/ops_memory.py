@@ -22,7 +22,7 @@ def _addptr(op: Op, low: Lowering) -> Run:
     key = f"bytes{size}"
 
     def run(_: Context, pointer: Pointer, offset: Tensor) -> Pointer:
-        return pointer.add(remembered(offset, key, lambda: offset.to(torch.int64) * size), alignment)
+        return pointer.add(remembered(offset, key, lambda t: t.to(torch.int64) * size), alignment)
 
     return run
 
@@ -46,8 +46,12 @@ def undefined(dtype: torch.dtype) -> Tensor:
     return torch.tensor([torch.iinfo(dtype).max // 3 * 2 + 1], dtype=dtype)
 
 
+def _positive_zero(other: Tensor) -> bool:
+    return float(other) == 0 and not bool(torch.signbit(other))
+
+
 def _is_zero(other: Tensor) -> bool:
-    return other.numel() == 1 and remembered(other, "zero", lambda: float(other) == 0 and not bool(torch.signbit(other)))
+    return other.numel() == 1 and remembered(other, "zero", _positive_zero)
 
 
 @prepares("tt.load", pure=False)
@@ -60,7 +64,9 @@ def _load(op: Op, low: Lowering) -> Run:
     site = Site(op.name, op.location)
     poison = undefined(dtype).view(carrier).view(shape)
 
-    def run(context: Context, pointer: Pointer, mask: Tensor | None = None, other: Tensor | None = None) -> Tensor:
+    def run(
+        context: Context, pointer: Pointer, mask: Tensor | None = None, other: Tensor | None = None
+    ) -> Tensor:
         accesses = resolve(context, pointer, mask, size, site)
         if other is not None:
             # Zero, by far the most common, is what a masked gather holds anyway.

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnproof.emulator.lowering import ControlRun, Lowering, controls
 from attnproof.emulator.machine import Context, Registers, run_region
 from attnproof.emulator.syntax import Op
-from attnproof.emulator.values import Value, full
+from attnproof.emulator.values import Value, broadcast, common_shape, full
 
 
 Combine = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
@@ -35,14 +35,21 @@ def _dropping_nan(reduce: Reduction, replacement: float) -> Reduction:
     return run
 
 
-# Regions of one operation on their two arguments. Sums of float16 and bfloat16 are not among them: each step rounds.
+# Regions of one operation on their two arguments. Sums of float16 and bfloat16 are not among them: each step
+# rounds.
 _FAST: dict[tuple[str, str], Reduction] = {
     **{("arith.addf", kind): _sum for kind in ("f32", "f64")},
     **{("arith.addi", kind): _sum for kind in ("i8", "i16", "i32", "i64")},
     **{("arith.maximumf", kind): torch.amax for kind in ("f16", "bf16", "f32", "f64")},
     **{("arith.minimumf", kind): torch.amin for kind in ("f16", "bf16", "f32", "f64")},
-    **{("arith.maxnumf", kind): _dropping_nan(torch.amax, float("-inf")) for kind in ("f16", "bf16", "f32", "f64")},
-    **{("arith.minnumf", kind): _dropping_nan(torch.amin, float("inf")) for kind in ("f16", "bf16", "f32", "f64")},
+    **{
+        ("arith.maxnumf", kind): _dropping_nan(torch.amax, float("-inf"))
+        for kind in ("f16", "bf16", "f32", "f64")
+    },
+    **{
+        ("arith.minnumf", kind): _dropping_nan(torch.amin, float("inf"))
+        for kind in ("f16", "bf16", "f32", "f64")
+    },
     **{("arith.maxsi", kind): torch.amax for kind in ("i8", "i16", "i32", "i64")},
     **{("arith.minsi", kind): torch.amin for kind in ("i8", "i16", "i32", "i64")},
 }
@@ -63,7 +70,7 @@ def _combiner(op: Op, low: Lowering) -> Callable[[Context, Registers], Combine]:
     def bind(context: Context, registers: Registers) -> Combine:
         def combine(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
             values = run_region(region, context, registers, [*left, *right])
-            shape = torch.broadcast_shapes(*(t.shape for t in (*left, *right)))
+            shape = common_shape(*(t.shape for t in (*left, *right)))
             return [value.expand(shape) for value in values if isinstance(value, Tensor)]
 
         return combine
@@ -95,7 +102,7 @@ def _reduce(op: Op, low: Lowering) -> ControlRun:
                 x = x.expand([length if i == axis else n for i, n in enumerate(x.shape)]) if additive else x
             return [fast(x, axis)]
         combine = bind(context, registers)
-        parts = list(torch.broadcast_tensors(*(full(value, shape) for value in inputs)))
+        parts = broadcast(*(full(value, shape) for value in inputs))
         while parts[0].shape[axis] > 1:
             if parts[0].shape[axis] % 2:
                 odd = [part.narrow(axis, part.shape[axis] - 1, 1) for part in parts]
@@ -118,7 +125,7 @@ def _scan(op: Op, low: Lowering) -> ControlRun:
 
     def run(context: Context, registers: Registers, inputs: list[Value]) -> list[Value]:
         combine = bind(context, registers)
-        parts = list(torch.broadcast_tensors(*(full(value, shape) for value in inputs)))
+        parts = broadcast(*(full(value, shape) for value in inputs))
         if reverse:
             parts = [part.flip(axis) for part in parts]
         length, step = shape[axis - 1], 1
@@ -128,7 +135,8 @@ def _scan(op: Op, low: Lowering) -> ControlRun:
             later = [part.narrow(axis, step, length - step) for part in parts]
             combined = combine(earlier, later)
             parts = [
-                torch.cat([part.narrow(axis, 0, step), new], dim=axis) for part, new in zip(parts, combined, strict=True)
+                torch.cat([part.narrow(axis, 0, step), new], dim=axis)
+                for part, new in zip(parts, combined, strict=True)
             ]
             step *= 2
         return [part.flip(axis) if reverse else part for part in parts]

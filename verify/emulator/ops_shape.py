@@ -9,7 +9,7 @@ from attnproof.emulator.lowering import Lowering, Run, prepares
 from attnproof.emulator.machine import Context
 from attnproof.emulator.syntax import Op
 from attnproof.emulator.types import Type
-from attnproof.emulator.values import Value, full, map_tensors
+from attnproof.emulator.values import Value, broadcast, full, map_tensors
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 
@@ -28,7 +28,9 @@ def _num_programs(op: Op, low: Lowering) -> Run:
 
 @prepares("tt.make_range")
 def _make_range(op: Op, low: Lowering) -> Run:
-    values = torch.arange(int(op.attributes["start"]), int(op.attributes["end"]), dtype=torch.int32).unsqueeze(0)
+    values = torch.arange(
+        int(op.attributes["start"]), int(op.attributes["end"]), dtype=torch.int32
+    ).unsqueeze(0)
     return lambda _: values
 
 
@@ -76,7 +78,7 @@ def _reshape(op: Op, low: Lowering) -> Run:
 @prepares("tt.join")
 def _join(op: Op, low: Lowering) -> Run:
     def run(_: Context, a: Value, b: Value) -> Tensor:
-        return torch.stack(torch.broadcast_tensors(full(a, kind.shape), full(b, kind.shape)), dim=-1)
+        return torch.stack(broadcast(full(a, kind.shape), full(b, kind.shape)), dim=-1)
 
     kind = op.operand_types[0]
     return run
@@ -98,7 +100,7 @@ def _cat(op: Op, low: Lowering) -> Run:
     kind: Type = op.operand_types[0]
 
     def run(_: Context, a: Value, b: Value) -> Tensor:
-        return torch.cat(torch.broadcast_tensors(full(a, kind.shape), full(b, kind.shape)), dim=1)
+        return torch.cat(broadcast(full(a, kind.shape), full(b, kind.shape)), dim=1)
 
     return run
 

@@ -25,7 +25,9 @@ def note_store(context: Context, access: Access, value: Tensor, site: Site) -> N
     # A value and address common to all programs is the same write by each of them: no race within the batch.
     programs = context.programs[position.clamp(max=context.count - 1)] + 1
     flat = access.buffer.flat(access.size)
-    writers = context.memory.writers.setdefault((access.buffer.base, access.size), torch.zeros(0, dtype=torch.int64))
+    writers = context.memory.writers.setdefault(
+        (access.buffer.base, access.size), torch.zeros(0, dtype=torch.int64)
+    )
     if writers.numel() == 0:
         writers = torch.zeros(flat.shape[0], dtype=torch.int64)
         context.memory.writers[access.buffer.base, access.size] = writers

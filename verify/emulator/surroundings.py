@@ -37,13 +37,24 @@ def poison(tensor: Tensor) -> Tensor:
 
 
 _FRESH: frozenset[Callable[..., Any]] = frozenset(
-    {torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted, Tensor.new_empty, Tensor.new_empty_strided}
+    {
+        torch.empty,
+        torch.empty_like,
+        torch.empty_strided,
+        torch.empty_permuted,
+        Tensor.new_empty,
+        Tensor.new_empty_strided,
+    }
 )
 
 
 class _PoisonEmpties(TorchFunctionMode):
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _FRESH and isinstance(result, Tensor):
@@ -83,7 +94,8 @@ def device_properties(target: Target) -> SimpleNamespace:
 def pretended_device(target: Target) -> Iterator[None]:
     """Answer the questions that kernels' Python wrappers ask of torch.cuda.
 
-    `torch.cuda.is_available()` is left alone: it is asked to choose a device for tensors, and these stay on the CPU.
+    `torch.cuda.is_available()` is left alone: it is asked to choose a device for tensors, and these stay on
+    the CPU.
     """
     properties = device_properties(target)
     answers: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """Reads the text of TTIR, as Triton's front end prints it, into plain objects.
 
-The custom assembly formats of the dialects are regular enough for one rule: an operation's operands are the `%names`
-before the types, its attributes are `{key = value}` and `, key = value`, its types follow the last ` : ` outside
-brackets. Operations with regions (`scf.*`, `tt.reduce`, `tt.scan`, `tt.map_elementwise`) span several lines.
+The custom assembly formats of the dialects are regular enough for one rule: an operation's operands are the
+`%names` before the types, its attributes are `{key = value}` and `, key = value`, its types follow the last `
+: ` outside brackets. Operations with regions (`scf.*`, `tt.reduce`, `tt.scan`, `tt.map_elementwise`) span
+several lines.
 """
 
 from __future__ import annotations
@@ -246,7 +247,9 @@ class Parser:
             line = self.lines[self.at]
             self.at += 1
             if line.startswith("}"):
-                return Region(blocks if blocks[0].ops or blocks[0].arguments else blocks[1:] or blocks), line[1:].strip()
+                return Region(blocks if blocks[0].ops or blocks[0].arguments else blocks[1:] or blocks), line[
+                    1:
+                ].strip()
             if line.startswith("^"):
                 line = line.split("  // ")[0].rstrip().removesuffix(":")
                 label, bracket, rest = line.partition("(")
@@ -293,7 +296,11 @@ class Parser:
             variable = re.match(r"scf\.for (?:unsigned )?(%[\w$.\-]+) =", header)
             assert variable is not None
             carried = re.findall(r"(%[\w$.\-]+) = ", header.partition("iter_args(")[2])
-            kind = parse_type(header.rpartition(" : ")[2]) if re.search(r" : \w+$", header) else parse_type("index")
+            kind = (
+                parse_type(header.rpartition(" : ")[2])
+                if re.search(r" : \w+$", header)
+                else parse_type("index")
+            )
             entry.arguments = [(variable.group(1), kind), *zip(carried, op.result_types, strict=True)]
         elif op.name == "scf.while" and not entry.arguments:
             carried = re.findall(r"(%[\w$.\-]+) = ", header)
@@ -361,7 +368,11 @@ class Parser:
         operands = _NAME.findall(bare)
         if not result_types and results:
             result_types = operand_types[-1:]
-        return Op(name, results, operands, attributes, operand_types, result_types, where, [], text, successors)
+        # tt.split prints the type of its two results once.
+        result_types = result_types + result_types[-1:] * (len(results) - len(result_types))
+        return Op(
+            name, results, operands, attributes, operand_types, result_types, where, [], text, successors
+        )
 
     @staticmethod
     def _successors(name: str, head: str) -> tuple[str, list[tuple[str, list[str]]]]:

@@ -19,7 +19,9 @@ class Target:
     properties: dict[str, int] = field(hash=False)
 
 
-def _properties(processors: int, shared: int, registers: int, warp: int, memory_clock: int, bus: int) -> dict[str, int]:
+def _properties(
+    processors: int, shared: int, registers: int, warp: int, memory_clock: int, bus: int
+) -> dict[str, int]:
     return {
         "max_shared_mem": shared,
         "max_num_regs": registers,
@@ -32,14 +34,51 @@ def _properties(processors: int, shared: int, registers: int, warp: int, memory_
     }
 
 
-# Board figures: NVIDIA's data sheets and tuning guides (shared memory per block, opt-in), AMD's CDNA 3 white paper.
+# Board figures: NVIDIA's data sheets and tuning guides (shared memory per block, opt-in), AMD's CDNA 3 white
+# paper.
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("sm_80", "A100", "cuda", 80, 32, 9080, (8, 0), _properties(108, 166_912, 65536, 32, 1_215_000, 5120)),
-        Target("sm_90", "H100", "cuda", 90, 32, 9090, (9, 0), _properties(132, 232_448, 65536, 32, 2_619_000, 5120)),
-        Target("sm_100", "B200", "cuda", 100, 32, 9100, (10, 0), _properties(148, 232_448, 65536, 32, 3_996_000, 8192)),
-        Target("gfx942", "MI300X", "hip", "gfx942", 64, 9942, (9, 4), _properties(304, 65_536, 65536, 64, 2_600_000, 8192)),
+        Target(
+            "sm_80",
+            "A100",
+            "cuda",
+            80,
+            32,
+            9080,
+            (8, 0),
+            _properties(108, 166_912, 65536, 32, 1_215_000, 5120),
+        ),
+        Target(
+            "sm_90",
+            "H100",
+            "cuda",
+            90,
+            32,
+            9090,
+            (9, 0),
+            _properties(132, 232_448, 65536, 32, 2_619_000, 5120),
+        ),
+        Target(
+            "sm_100",
+            "B200",
+            "cuda",
+            100,
+            32,
+            9100,
+            (10, 0),
+            _properties(148, 232_448, 65536, 32, 3_996_000, 8192),
+        ),
+        Target(
+            "gfx942",
+            "MI300X",
+            "hip",
+            "gfx942",
+            64,
+            9942,
+            (9, 4),
+            _properties(304, 65_536, 65536, 64, 2_600_000, 8192),
+        ),
     )
 }
 

@@ -28,8 +28,8 @@ SCALARS: dict[str, torch.dtype] = {
     "f8E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 
-# torch has no kernels for float8 beyond copies, and none at all for gathers of it: memory is moved as integers
-# of the same width and reinterpreted.
+# torch has no kernels for float8 beyond copies, and none at all for gathers of it: memory is moved as
+# integers of the same width and reinterpreted.
 CARRIERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Triton's own names, as they stand in a kernel's signature.
@@ -96,8 +96,8 @@ _TENSOR = re.compile(r"tensor<((?:\d+x)*)(.*)>$")
 
 def _pointee_text(element: str) -> str:
     inner = element[element.index("<") + 1 : element.rindex(">")]
-    # `!tt.ptr<f16, 3>` carries an address space; a descriptor spells its block either way (`64x64xf16` in newer
-    # releases, `tensor<64x64xf16>` in older ones).
+    # `!tt.ptr<f16, 3>` carries an address space; a descriptor spells its block either way (`64x64xf16` in
+    # newer releases, `tensor<64x64xf16>` in older ones).
     inner = re.sub(r",\s*(\d+|#\S+)$", "", inner)
     if re.match(r"\d+x", inner):
         inner = f"tensor<{inner}>"

@@ -1,13 +1,14 @@
 """Run-time values: torch tensors with a leading program axis, and pointers kept as sums.
 
-Shapes are lazy. A value of IR type `tensor<64x32xf32>` is a torch tensor of shape `[P | 1, 64 | 1, 32 | 1]`: an axis
-along which it does not vary may have length 1, the leading one first of all (a value that does not depend on the
-program). A scalar is `[P | 1]`. Splats and broadcasts are therefore free, and masks and offsets stay small.
+Shapes are lazy. A value of IR type `tensor<64x32xf32>` is a torch tensor of shape `[P | 1, 64 | 1, 32 | 1]`:
+an axis along which it does not vary may have length 1, the leading one first of all (a value that does not
+depend on the program). A scalar is `[P | 1]`. Splats and broadcasts are therefore free, and masks and offsets
+stay small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
@@ -18,14 +19,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def remembered(tensor: Tensor, key: str, compute: Callable[[], T]) -> T:
+def remembered(tensor: Tensor, key: str, compute: Callable[[Tensor], T]) -> T:
     """A fact about a tensor, kept with it: constants and loop invariants are asked the same question again and again.
 
     Run-time values are never written in place, so that what was true of one stays true.
     """
     known = tensor.__dict__
     if key not in known:
-        known[key] = compute()
+        known[key] = compute(tensor)
     fact: T = known[key]
     return fact
 
@@ -33,8 +34,8 @@ def remembered(tensor: Tensor, key: str, compute: Callable[[], T]) -> T:
 class Pointer:
     """Addresses as a sum of int64 parts (bytes, in the launch's virtual address space) that broadcast together.
 
-    Keeping `row * stride` and `column` apart shows which axis of a tile is contiguous in memory, and lets bounds be
-    checked on the parts. `alignment` divides every address, as far as the arithmetic alone shows.
+    Keeping `row * stride` and `column` apart shows which axis of a tile is contiguous in memory, and lets
+    bounds be checked on the parts. `alignment` divides every address, as far as the arithmetic alone shows.
     """
 
     __slots__ = ("alignment", "parts")
@@ -95,6 +96,18 @@ def _broadcast_numel(a: Tensor, b: Tensor) -> int:
     return numel
 
 
+def common_shape(*shapes: Sequence[int]) -> torch.Size:
+    """The shape to which all of these broadcast."""
+    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return shape
+
+
+def broadcast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors over their common shape, as views."""
+    shape = common_shape(*(tensor.shape for tensor in tensors))
+    return [tensor.expand(shape) for tensor in tensors]
+
+
 def map_tensors(value: Value, f: Callable[[Tensor], Tensor]) -> Value:
     """Apply `f` to the tensor, or to every tensor of a pointer or descriptor."""
     return f(value) if isinstance(value, Tensor) else value.map(f)
@@ -125,7 +138,8 @@ def last_programs(value: Value, start: int) -> Value:
 def join_programs(values: list[Value], counts: list[int], order: Tensor | None) -> Value:
     """Put pieces of a value, computed for disjoint groups of programs, together along the program axis.
 
-    `order[i]` is the position in the concatenation of program `i`; None where the pieces are in order already.
+    `order[i]` is the position in the concatenation of program `i`; None where the pieces are in order
+    already.
     """
     first = values[0]
     if len(values) == 1:
@@ -138,8 +152,12 @@ def join_programs(values: list[Value], counts: list[int], order: Tensor | None) 
         pieces = [v for v in values if isinstance(v, Descriptor)]
         base = join_programs([v.base for v in pieces], counts, order)
         assert isinstance(base, Pointer)
-        shape = tuple(_join(list(column), counts, order) for column in zip(*(v.shape for v in pieces), strict=True))
-        strides = tuple(_join(list(column), counts, order) for column in zip(*(v.strides for v in pieces), strict=True))
+        shape = tuple(
+            _join(list(column), counts, order) for column in zip(*(v.shape for v in pieces), strict=True)
+        )
+        strides = tuple(
+            _join(list(column), counts, order) for column in zip(*(v.strides for v in pieces), strict=True)
+        )
         return Descriptor(base, shape, strides, first.block, first.pad_with_nan)
     return _join([v for v in values if isinstance(v, Tensor)], counts, order)
 
@@ -147,6 +165,6 @@ def join_programs(values: list[Value], counts: list[int], order: Tensor | None) 
 def _join(values: list[Tensor], counts: list[int], order: Tensor | None) -> Tensor:
     if all(v is values[0] for v in values) and values[0].shape[0] == 1:
         return values[0]
-    trailing = torch.broadcast_shapes(*(v.shape[1:] for v in values))
+    trailing = common_shape(*(v.shape[1:] for v in values))
     joined = torch.cat([v.expand(count, *trailing) for v, count in zip(values, counts, strict=True)])
     return joined if order is None else joined.index_select(0, order)

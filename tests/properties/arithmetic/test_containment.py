@@ -7,6 +7,7 @@ More than 100,000 random elements are held against both arithmetics that claim a
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ def test_radii_of_the_arguments_are_carried_on(operation: str, regime: str) -> N
         known = torch.tensor([bool(exact.context.isfinite(x)) for x in truth.ravel()]).reshape(truth.shape)
         assert bool((enclosure_contains(result, truth) | ~known).all())
         assert bool(result.radius[~known].isinf().all())
+
+
+@pytest.mark.parametrize(
+    "regimes", list(permutations(("normal", "huge", "tiny", "subnormal"), 2)), ids="-".join
+)
+@pytest.mark.parametrize("operation", [name for name, (count, _) in OPERATIONS.items() if count == 2])
+def test_bounds_that_underflow_on_the_way_still_hold(operation: str, regimes: tuple[str, ...]) -> None:
+    """Arguments of unlike size: what a bound lost to underflow, the other argument may magnify."""
+    apply = OPERATIONS[operation][1]
+    exact, fast = MpmathArithmetic(50), EnclosureArithmetic()
+    shape = (10, 6) if operation == "matmul" else (4, 50)
+    a, b = (arguments(operation, regime, shape, seed=i)[0] for i, regime in enumerate(regimes))
+    truth = apply(exact, exact.exact(a), exact.exact(b))
+    known = torch.tensor([bool(exact.context.isfinite(x)) for x in truth.ravel()]).reshape(truth.shape)
+    balls = [
+        (Ball(a, torch.zeros_like(a)), Ball(b, torch.zeros_like(b))),
+        (Ball(a), edge_ball(b, 0.75, seed=1)),
+        (edge_ball(a, 0.75, seed=0), Ball(b)),
+    ]
+    for left, right in balls:
+        stated = fast.enclosure(apply(fast, left, right))
+        assert bool((enclosure_contains(stated, truth) | ~known).all())
 
 
 def edge_ball(inside: torch.Tensor, relative: float, seed: int) -> Ball:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-
-import pytest
+from collections.abc import Iterator
 
 from attnproof.reports.record import (
     SCHEMA_VERSION,
@@ -77,7 +75,7 @@ check(attention, "{case}")
 
 
 def build_events(cases: int = 300, *, seed: int = 0, finished: bool = True) -> Iterator[Event]:
-    """Events of a run over all of KERNELS with about ``cases`` cases; one kernel of the suite fails unexpectedly."""
+    """Events of a run over all of KERNELS with about ``cases`` cases; delta.chunked fails unexpectedly."""
     draw = random.Random(seed)
     yield RunStarted(
         schema=SCHEMA_VERSION,
@@ -237,7 +235,7 @@ def _failures(
 
 
 def calibration(draw: random.Random) -> Finding:
-    """The calibration plot: error/probable of healthy implementations, with the thresholds fitted to their tails."""
+    """The calibration plot: error/probable of healthy kernels, with the thresholds fitted to their tails."""
     columns: dict[str, list[object]] = {"row rms of error/probable": [], "dtype": [], "threshold": []}
     for dtype, threshold in zip(DTYPES, (4.1, 3.6, 3.4), strict=True):
         columns["row rms of error/probable"] += [round(draw.lognormvariate(0, 0.25), 4) for _ in range(400)]
@@ -261,15 +259,3 @@ def calibration(draw: random.Random) -> Finding:
             ),
         ),
     )
-
-
-@pytest.fixture(scope="session")
-def build() -> Callable[..., Iterator[Event]]:
-    """The builder of synthetic records."""
-    return build_events
-
-
-@pytest.fixture(scope="session")
-def hostile() -> str:
-    """Text that would be markup if it were not escaped; every failure of the synthetic record prints it."""
-    return HOSTILE

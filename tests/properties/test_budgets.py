@@ -1,0 +1,249 @@
+"""The certain budget covers every algorithm whose roundings are declared, and no algorithm that rounds more.
+
+Each algorithm below is softmax attention with float32 (or declared) steps in another order; all are written from the
+formula, apart from ``attnproof.properties``. The regimes are those in which the orders differ most.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attnproof.properties.budgets.base import Budget
+from attnproof.properties.case import Case, Inputs, make_inputs
+from attnproof.properties.contract import Contract, Precision
+from attnproof.properties.families import FAMILIES
+from attnproof.properties.oracle import certify
+
+Algorithm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+PLAIN = Precision()
+# Operands that are the inputs as they are, not scaled and rounded again.
+UNSCALED = Precision(matmul_input="ieee")
+REGIMES = ("normal", "near-uniform", "one-hot", "ascending", "descending", "offset-1e3", "tied", "one-sign-values")
+
+
+def two_pass(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    s = (q.float() @ k.float().mT) * scale
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    return ((p.to(v.dtype).float() @ v.float()) / p.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def divided_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    s = (q.float() @ k.float().mT) * scale
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    p = (p / p.sum(-1, keepdim=True)).to(v.dtype).float()
+    return (p @ v.float()).to(q.dtype)
+
+
+def division_free(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    s = (q.float() @ k.float().mT) * scale
+    p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True))
+    return (p.to(v.dtype).float() @ v.float()).to(q.dtype)
+
+
+def base_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    constant = torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
+    s = q.float() @ k.float().mT
+    # The product with the maximum is rounded apart from the product with the score, as in a fused multiply-add.
+    p = torch.exp2((s * constant) - (s.amax(-1, keepdim=True) * constant))
+    return ((p.to(v.dtype).float() @ v.float()) / p.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def scaled_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    return base_two_of_scores((q.float() * (scale * math.log2(math.e))).to(q.dtype).float() @ k.float().mT, v, q.dtype)
+
+
+def scaled_both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    root = math.sqrt(scale)
+    s = (q.float() * root).to(q.dtype).float() @ (k.float() * root).to(k.dtype).float().mT
+    return base_two_of_scores(s * math.log2(math.e), v, q.dtype)
+
+
+def base_two_of_scores(s: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    p = torch.exp2(s - s.amax(-1, keepdim=True))
+    return ((p.to(v.dtype).float() @ v.float()) / p.sum(-1, keepdim=True)).to(dtype)
+
+
+def online(tile: int, *, backwards: bool = False) -> Algorithm:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        starts = list(range(0, k.shape[-2], tile))
+        m = torch.full(q.shape[:-1], -torch.inf)[..., None]
+        total, acc = torch.zeros_like(m), torch.zeros(*q.shape[:-1], v.shape[-1])
+        for start in reversed(starts) if backwards else starts:
+            kt, vt = k[..., start : start + tile, :].float(), v[..., start : start + tile, :]
+            s = (q.float() @ kt.mT) * scale
+            new = torch.maximum(m, s.amax(-1, keepdim=True))
+            p, alpha = torch.exp(s - new), torch.exp(m - new)
+            total = total * alpha + p.sum(-1, keepdim=True)
+            acc = acc * alpha + p.to(v.dtype).float() @ vt.float()
+            m = new
+        return (acc / total).to(q.dtype)
+
+    return run
+
+
+def split(parts: int) -> Algorithm:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        outs, lses = [], []
+        for kt, vt in zip(k.chunk(parts, -2), v.chunk(parts, -2), strict=True):
+            s = (q.float() @ kt.float().mT) * scale
+            lse = torch.logsumexp(s, -1, keepdim=True)
+            p = torch.exp(s - s.amax(-1, keepdim=True))
+            outs.append((p.to(v.dtype).float() @ vt.float()) / p.sum(-1, keepdim=True))
+            lses.append(lse)
+        joined = torch.logsumexp(torch.cat(lses, -1), -1, keepdim=True)
+        merged = sum(torch.exp(lse - joined) * o for lse, o in zip(lses, outs, strict=True))
+        assert isinstance(merged, torch.Tensor)
+        return merged.to(q.dtype)
+
+    return run
+
+
+def one_key_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Every sum sequential in float32: the worst order."""
+    s = torch.zeros(*q.shape[:-1], k.shape[-2])
+    for d in range(q.shape[-1]):
+        s = s + q[..., d : d + 1].float() * k[..., d].float().unsqueeze(-2)
+    s = s * scale
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    total, acc = torch.zeros(*s.shape[:-1], 1), torch.zeros(*s.shape[:-1], v.shape[-1])
+    stored = p.to(v.dtype).float()
+    for j in range(k.shape[-2]):
+        total = total + p[..., j : j + 1]
+        acc = acc + stored[..., j : j + 1] * v[..., j, :].float().unsqueeze(-2)
+    return (acc / total).to(q.dtype)
+
+
+ALLOWED: dict[str, Algorithm] = {
+    "two-pass": two_pass,
+    "divided first": divided_first,
+    "division-free": division_free,
+    "base two": base_two,
+    "scaled queries": scaled_queries,
+    "scaled both": scaled_both,
+    "online, tile 1": online(1),
+    "online, tile 7": online(7),
+    "online, tile 64": online(64),
+    "online, backwards": online(16, backwards=True),
+    "split in 3": split(3),
+    "split in 8": split(8),
+    "one key at a time": one_key_at_a_time,
+}
+
+
+@functools.cache
+def prepared(regime: str, dtype: str, n: int, precision: Precision) -> tuple[Inputs, torch.Tensor, Budget]:
+    """Inputs, certified output and budget of a small case."""
+    case = Case("softmax", dtype, {"B": 1, "H": 2, "G": 2, "M": 24, "N": n, "D": 32, "E": 24}, regime)
+    inputs = make_inputs(case)
+    problem = FAMILIES["softmax"].problem(*inputs.tensors.values(), scale=inputs.options["scale"])
+    contract = Contract("softmax", precision=precision)
+    exact = certify(problem, lambda found: {"o": problem.budgets(found, contract)["o"].certain / 64}).outputs
+    return inputs, exact["o"].value, problem.budgets(exact, contract)["o"]
+
+
+def ratio(
+    algorithm: Algorithm, regime: str, dtype: str, precision: Precision = PLAIN, n: int = 100
+) -> float:
+    """Worst error/certain of an algorithm in a regime."""
+    inputs, exact, budget = prepared(regime, dtype, n, precision)
+    got = algorithm(*inputs.tensors.values(), inputs.options["scale"]).double()
+    judged = ~budget.open
+    assert judged.any(), "nothing to compare: the test would be vacuous"
+    return float(((got - exact).abs() / budget.certain.clamp(min=1e-300))[judged].max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ALLOWED)
+def test_certain_covers_every_order_of_the_same_roundings(name: str, dtype: str) -> None:
+    worst = {regime: ratio(ALLOWED[name], regime, dtype) for regime in REGIMES}
+    assert max(worst.values()) <= 1.0, worst
+
+
+def stored(dtype: torch.dtype) -> Algorithm:
+    """P stored in ``dtype`` before the second matmul."""
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        s = (q.float() @ k.float().mT) * scale
+        p = torch.exp(s - s.amax(-1, keepdim=True))
+        return ((p.to(dtype).float() @ v.float()) / p.sum(-1, keepdim=True)).to(q.dtype)
+
+    return run
+
+
+def low_accumulator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Σ p v accumulated in the inputs' dtype."""
+    s = (q.float() @ k.float().mT) * scale
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    acc = torch.zeros(*s.shape[:-1], v.shape[-1], dtype=q.dtype)
+    for j in range(k.shape[-2]):
+        acc = (acc.float() + p[..., j : j + 1] * v[..., j, :].float().unsqueeze(-2)).to(q.dtype)
+    return (acc.float() / p.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def tf32_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    s = (cut(q) @ cut(k).mT) * scale
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    return (cut(p) @ cut(v)) / p.sum(-1, keepdim=True)
+
+
+FORBIDDEN: dict[str, tuple[Algorithm, str, Precision]] = {
+    "P in bfloat16 under float16": (stored(torch.bfloat16), "float16", UNSCALED),
+    "P in float16 under float32": (stored(torch.float16), "float32", PLAIN),
+    "accumulator in bfloat16": (low_accumulator, "bfloat16", PLAIN),
+    "accumulator in float16": (low_accumulator, "float16", PLAIN),
+    "tf32 inputs undeclared": (tf32_inputs, "float32", PLAIN),
+    "scale 1 % too large": (lambda q, k, v, scale: two_pass(q, k, v, scale * 1.01), "float32", PLAIN),
+    "last key dropped": (lambda q, k, v, scale: two_pass(q, k[..., :-1, :], v[..., :-1, :], scale), "float16", PLAIN),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_certain_is_exceeded_by_roundings_that_are_not_declared(name: str) -> None:
+    algorithm, dtype, precision = FORBIDDEN[name]
+    worst = {(regime, n): ratio(algorithm, regime, dtype, precision, n) for regime in REGIMES for n in (100, 600)}
+    assert max(worst.values()) > 1.0, worst
+
+
+def test_declaring_what_a_kernel_rounds_makes_room_for_it() -> None:
+    declared = Precision(matmul_input="tf32")
+    assert max(ratio(tf32_inputs, regime, "float32", declared) for regime in REGIMES) <= 1.0
+
+
+def test_budgets_grow_with_every_looser_declaration() -> None:
+    case = Case("softmax", "float16", {"B": 1, "H": 1, "G": 1, "M": 8, "N": 40, "D": 16, "E": 8}, "normal")
+    inputs = make_inputs(case)
+    problem = FAMILIES["softmax"].problem(*inputs.tensors.values(), scale=0.25)
+    strict = Contract("softmax", precision=Precision(matmul_input="ieee"))
+    exact = certify(problem, lambda found: {"o": problem.budgets(found, strict)["o"].certain / 64}).outputs
+    base = problem.budgets(exact, strict)["o"]
+    for looser in (
+        Precision(matmul_input="ieee", scores="float16"),
+        Precision(matmul_input="ieee", accumulate="float16"),
+        Precision(matmul_input="ieee", probabilities="bfloat16"),
+        Precision(matmul_input="ieee", output="bfloat16"),
+        Precision(matmul_input="ieee", exp_ulp=4096.0),
+        Precision(),
+    ):
+        budget = problem.budgets(exact, Contract("softmax", precision=looser))["o"]
+        assert bool((budget.certain > base.certain).all()), looser
+        assert bool((budget.probable >= base.probable).all()), looser
+
+
+def test_rows_that_one_key_dominates_allow_one_rounding_only() -> None:
+    case = Case("softmax", "float32", {"B": 1, "H": 1, "G": 1, "M": 8, "N": 64, "D": 16, "E": 8}, "representable")
+    inputs = make_inputs(case)
+    problem = FAMILIES["softmax"].problem(*inputs.tensors.values(), scale=inputs.options["scale"])
+    contract = Contract("softmax")
+    exact = certify(problem, lambda found: {"o": problem.budgets(found, contract)["o"].certain / 64}).outputs
+    budget = problem.budgets(exact, contract)["o"]
+    size = exact["gauge:o"].value
+    assert float((budget.certain / size.clamp(min=1.0)).max()) < 2.0**-17
