@@ -7,6 +7,7 @@ then records the case as declined instead of failing it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def check_rows(x: torch.Tensor, kernel: str) -> torch.Tensor:
 
 
 def check_attention_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> None:
-    """Raise unless q (B,H,M,D), k (B,G,N,D), v (B,G,N,E) fit together, H is a multiple of G, and D, E ≤ 256."""
+    """Raise unless q (B,H,M,D), k (B,G,N,D), v (B,G,N,E) fit together, G divides H, and D, E ≤ 256."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x, kernel)
         if x.ndim != 4:
@@ -118,7 +119,7 @@ def check_block(name: str, value: int, kernel: str) -> None:
     """Raise unless ``value`` can be a side of a tile: a power of two that a matrix instruction accepts."""
     if not isinstance(value, int) or value < 16 or value & (value - 1):
         raise ContractError(
-            f"{kernel}: {name}={value!r}: expected a power of two of at least 16, or None to let the kernel choose"
+            f"{kernel}: {name}={value!r}: expected a power of two from 16 on, or None for the kernel's choice"
         )
 
 
@@ -129,7 +130,7 @@ def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, kernel: str) -> Non
     check_floating("sinks", sinks, kernel)
     if tuple(sinks.shape) != (q.shape[1],):
         raise ContractError(
-            f"{kernel}: sinks has shape {tuple(sinks.shape)}: expected one logit a query head, ({q.shape[1]},)"
+            f"{kernel}: sinks has shape {tuple(sinks.shape)}: expected one a query head, ({q.shape[1]},)"
         )
     if sinks.device != q.device:
         raise ContractError(f"{kernel}: sinks is on {sinks.device} while q is on {q.device}: move it there")
@@ -159,12 +160,12 @@ def padded_bias(bias: torch.Tensor | None, q: torch.Tensor, keys: int, kernel: s
         return bias.expand(shape)
     except RuntimeError:
         raise ContractError(
-            f"{kernel}: bias has shape {tuple(bias.shape)}: expected one that broadcasts to (B, H, M, N) = {shape}"
+            f"{kernel}: bias has shape {tuple(bias.shape)}: it must broadcast to (B, H, M, N) = {shape}"
         ) from None
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, kernel: str) -> int:
-    """Raise unless ``cu_seqlens`` (P+1,) int32 cuts the one packed row of q and k; returns the longest piece."""
+    """Raise unless ``cu_seqlens`` (P+1,) int32 cuts the packed row of q and k; return the longest piece."""
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1:
         form = (
             f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
@@ -174,17 +175,17 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
         raise ContractError(f"{kernel}: cu_seqlens is {form}: expected int32 of shape (P+1,)")
     if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
         raise ContractError(
-            f"{kernel}: cu_seqlens with q {tuple(q.shape)}, k {tuple(k.shape)}: packed sequences ask for B = 1 and M = N"
+            f"{kernel}: cu_seqlens with q {tuple(q.shape)}, k {tuple(k.shape)}: it asks for B = 1 and M = N"
         )
     if cu_seqlens.device != q.device:
         raise ContractError(
             f"{kernel}: cu_seqlens is on {cu_seqlens.device} while q is on {q.device}: move it there"
         )
     ends = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+    lengths = [stop - start for start, stop in itertools.pairwise(ends)]
     if not ends or ends[0] != 0 or ends[-1] != q.shape[2] or min(lengths, default=0) < 0:
         raise ContractError(
-            f"{kernel}: cu_seqlens={ends}: expected to start at 0, never to fall, and to end at the packed length {q.shape[2]}"
+            f"{kernel}: cu_seqlens={ends}: expected to rise from 0 to the length {q.shape[2]}"
         )
     return max(lengths, default=0)
 
@@ -221,7 +222,7 @@ def key_band(
         for side in window:
             if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
                 raise ContractError(
-                    f"{kernel}: window={window!r}: each side is a number of keys ≥ 0, or None for no limit on that side"
+                    f"{kernel}: window={window!r}: each side is a number of keys ≥ 0, or None for no limit"
                 )
         left = None if window[0] is None else shift - window[0]
         right = None if window[1] is None else shift + window[1]

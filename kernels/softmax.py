@@ -40,6 +40,7 @@ from attnproof.kernels.arguments import (
     key_band,
     padded_bias,
 )
+from attnproof.kernels.merge import merged
 from attnproof.kernels.tiles import ALIGNED, Tiles, memory_layout, padded_width, tiles_for
 from attnproof.properties.contract import Contract, Supports, promises
 
@@ -51,10 +52,11 @@ INF: tl.constexpr = tl.constexpr(math.inf)
 INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 
 # Sizes and strides are run-time values: what depends on them is told to the compiler by LAYOUT alone.
-RUNTIME = (
-    "p_bias p_sinks p_cu p_o p_lse s_qb s_qh s_qm s_qd s_kb s_kh s_kn s_kd s_vb s_vh s_vn s_ve "
-    "s_bb s_bh s_bm s_bn s_sink s_split H GROUP M N D E left right split_tiles"
-).split()
+RUNTIME = [
+    "p_bias", "p_sinks", "p_cu", "p_o", "p_lse", "s_qb", "s_qh", "s_qm", "s_qd", "s_kb", "s_kh", "s_kn",
+    "s_kd", "s_vb", "s_vh", "s_vn", "s_ve", "s_bb", "s_bh", "s_bm", "s_bn", "s_sink", "s_split", "H",
+    "GROUP", "M", "N", "D", "E", "left", "right", "split_tiles",
+]  # fmt: skip
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def tile_range(
     i_m, i_s, n_q, n_k, left, right, split_tiles,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles [t0, t1) that some row of query tile i_m sees, and [f0, f1) of them, which every row sees whole."""
+    """Key tiles [t0, t1) that a row of query tile i_m sees, and [f0, f1) of them that all its rows see."""
     i_first = i_m * BM
     i_last = tl.minimum(i_first + BM, n_q) - 1
     lo, full_lo, hi, full_hi = 0, 0, n_k, n_k
@@ -138,7 +140,7 @@ def attention_kernel(
         s_kb, s_kh, s_kn = s_kb * 16, s_kh * 16, s_kn * 16
         s_vb, s_vh, s_vn = s_vb * 16, s_vh * 16, s_vn * 16
 
-    # the sequence: a batch entry, or the piece [i_bos, i_bos + n_q) of a packed row (whose batch strides are 0)
+    # the sequence: a batch entry, or the piece [i_bos, i_bos + n_q) of a packed row (batch strides 0)
     n_q, n_k = M, N
     i_bos = tl.zeros([], dtype=tl.int64)
     i_row = i_s * s_split + i_bh.to(tl.int64) * M
@@ -167,10 +169,11 @@ def attention_kernel(
     # Scores are kept in bits, with log2 e folded into score_scale; with a bias in nats, so that a bias of
     # -finfo.max stays finite. UNIT is the number of bits in a unit of score.
     UNIT: tl.constexpr = 1.0 if p_bias is None else LOG2E
-    # [BM]: running maximum and sum of exp2(score − maximum); the rows that saw a non-finite value; [BM, BE]: Σ p v
+    # [BM]: running maximum, running Σ exp2(score − maximum), NaN in rows that saw a non-finite value
     b_max = tl.full([BM], -INF, dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
     b_nan = tl.zeros([BM], dtype=tl.float32)
+    # [BM, BE]: running Σ exp2(score − maximum) v
     b_o = tl.zeros([BM, BE], dtype=tl.float32)
     if p_sinks is not None:
         b_max = tl.zeros_like(b_max) + tl.load(p_sinks + i_h * s_sink).to(tl.float32) * (LOG2E / UNIT)
@@ -181,7 +184,7 @@ def attention_kernel(
         f1 = f0  # a bias may mask anywhere
     # EDGE 0: tiles seen whole; EDGE 1: tiles under a mask
     for EDGE in tl.static_range(0 if p_bias is None else 1, 2):
-        for i_t in range(0, (t1 - t0) - (f1 - f0) if EDGE else f1 - f0):
+        for i_t in range((t1 - t0) - (f1 - f0) if EDGE else f1 - f0):
             # the edges lie on both sides of the tiles that are seen whole
             i_n = (t0 + i_t + (f1 - f0) * (i_t >= f0 - t0).to(tl.int32) if EDGE else f0 + i_t) * BN
             m_n = i_n + o_n < n_k
@@ -323,7 +326,7 @@ def launch(
     splits: int = 1,
     split_tiles: int | None = None,
 ) -> None:
-    """Check the options, then fill o (B,H,M,E) and lse (B,H,M), which have one more axis, in front, for splits."""
+    """Check the options, then fill o (B,H,M,E) and lse (B,H,M), with one more axis in front for splits."""
     batch, heads, queries, width = q.shape
     keys, value_width = v.shape[2:]
     check_finite("scale", scale, kernel)
@@ -363,55 +366,6 @@ def launch(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["p_po", "p_plse", "p_sinks", "p_o", "p_lse", "s_sink", "ROWS", "M", "H", "E", "SPLITS"]
-)
-def merge_kernel(
-    p_po,
-    p_plse,
-    p_sinks,
-    p_o,
-    p_lse,
-    s_sink: tl.int64,
-    ROWS,
-    M,
-    H,
-    E,
-    SPLITS,
-    BM: tl.constexpr,
-    BE: tl.constexpr,
-):
-    """(o, lse) of SPLITS disjoint sets of keys as one: lse = log Σ_s exp lse_s, o = Σ_s exp(lse_s − lse) o_s."""
-    o_r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_e = tl.arange(0, BE)
-    m_r = o_r < ROWS
-    m_re = m_r[:, None] & (o_e < E)[None, :]
-    b_max = tl.full([BM], -INF, dtype=tl.float32)
-    b_sum = tl.zeros([BM], dtype=tl.float32)
-    b_o = tl.zeros([BM, BE], dtype=tl.float32)
-    if p_sinks is not None:
-        b_max = tl.load(p_sinks + (o_r // M) % H * s_sink, mask=m_r, other=0.0).to(tl.float32)
-        b_sum = tl.where(b_max == -INF, 0.0, 1.0)
-    for i_s in range(0, SPLITS):
-        o_s = i_s * tl.cast(ROWS, tl.int64) + o_r
-        b_lse = tl.load(p_plse + o_s, mask=m_r, other=-INF)
-        # [BM, BE]
-        b_po = tl.load(p_po + (o_s * E)[:, None] + o_e[None, :], mask=m_re, other=0.0)
-        b_new = tl.maximum(b_max, b_lse)
-        # an empty split has lse −inf and weight 0, also when every split so far is empty
-        b_shift = tl.where(b_new == -INF, 0.0, b_new)
-        b_w = tl.exp2((b_lse - b_shift) * LOG2E)
-        b_alpha = tl.exp2((b_max - b_shift) * LOG2E)
-        b_o = b_o * b_alpha[:, None] + b_po * b_w[:, None]
-        b_sum = b_sum * b_alpha + b_w
-        b_max = b_new
-    b_total = tl.where(b_sum == 0, 1.0, b_sum)
-    b_o = b_o / b_total[:, None]
-    tl.store(p_o + (o_r * E)[:, None] + o_e[None, :], b_o.to(p_o.dtype.element_ty), mask=m_re)
-    tl.store(p_lse + o_r, b_max + tl.log2(b_total) * LN2, mask=m_r)
-
-
-MERGE_ROWS = 16
 SPLIT_KEYS = (
     512  # keys a split: fixed, so that a row's result does not depend on the batch that it comes with
 )
@@ -470,16 +424,10 @@ def attention_split(
     partial_lse = torch.empty((parts, *q.shape[:3]), dtype=torch.float32, device=q.device)
     check_sinks(sinks, q, "attention_split")
     launch(
-        q, k, v, bias, None, None, partial_o, partial_lse, scale=scale, causal=causal, window=window, softcap=softcap,
-        causal_alignment=causal_alignment, input_precision=input_precision, tiles=tiles, longest=q.shape[2],
+        q, k, v, bias, None, None, partial_o, partial_lse,
+        scale=scale, causal=causal, window=window, softcap=softcap, causal_alignment=causal_alignment,
+        input_precision=input_precision, tiles=tiles, longest=q.shape[2],
         splits=parts, split_tiles=split_tiles, kernel="attention_split",
     )  # fmt: skip
-    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if lse.numel():
-        merge_kernel[(triton.cdiv(lse.numel(), MERGE_ROWS),)](
-            partial_o, partial_lse, sinks, o, lse, 0 if sinks is None else sinks.stride(0),
-            lse.numel(), q.shape[2], q.shape[1], v.shape[3], parts,
-            BM=MERGE_ROWS, BE=padded_width(v.shape[3]), enable_fp_fusion=False,
-        )  # fmt: skip
+    o, lse = merged(partial_o, partial_lse, q.dtype, sinks)
     return (o, lse) if return_lse else o

@@ -82,8 +82,8 @@ class _CellTally:
         if self.bias is None or severity(abs(statistics.bias)) > severity(abs(self.bias)):
             self.bias = statistics.bias
         # Above about 1e154 the square of a float overflows; by then infinity tells the reader as much.
-        rms = statistics.rms_probable
-        self.square_sum += statistics.judged * (rms * rms if abs(rms) < 1e150 else rms * math.inf)
+        rms = abs(statistics.rms_probable)
+        self.square_sum += statistics.judged * (rms * rms if rms < 1e150 else rms * math.inf)
         self.judged += statistics.judged
 
     def frozen(self) -> Cell:

@@ -1,7 +1,7 @@
 """The suite's own kernels: what `attnproof verify` judges, with the verdict that each is expected to get.
 
-The naive examples are listed with the regimes in which the theory says that they must fail; one that passes there, or
-fails elsewhere, is as much a defect as a failure of a correct kernel.
+The naive examples are listed with the theory that says, case by case, where they must fail (``predictions``); one that
+passes there, or fails elsewhere, is as much a defect as a failure of a correct kernel.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ __all__ = ["ENTRIES", "Entry", "default_device", "subjects"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel of the suite: its name in reports, its target, and for examples where they must fail and why."""
+    """A kernel of the suite: its name in reports, its target, and for naive examples what predicts their failures."""
 
     name: str
     target: str
-    example: bool = False
-    must_fail: tuple[str, ...] = ()
-    why: str = ""
+    prediction: str = ""
 
 
 _KERNELS = "attnproof.kernels"
+_EXAMPLES = f"{_KERNELS}.examples"
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("logsumexp", f"{_KERNELS}.logsumexp:logsumexp"),
     Entry("softmax_rows", f"{_KERNELS}.softmax_rows:softmax_rows"),
     Entry("softmax.attention", f"{_KERNELS}.softmax:attention"),
-    Entry("softmax.attention_split", f"{_KERNELS}.softmax:attention_split"),
+    Entry("softmax.attention_split", "attnproof.adapters:attention_split_in_three"),
+    Entry("examples.unshifted_logsumexp", f"{_EXAMPLES}.logsumexp:unshifted_logsumexp", "unshifted"),
+    Entry("examples.unshifted_softmax_rows", f"{_EXAMPLES}.softmax_rows:unshifted_softmax_rows", "unshifted"),
+    Entry("examples.division_free_softmax_rows", f"{_EXAMPLES}.softmax_rows:division_free_softmax_rows", "division-free"),
+    Entry("examples.unshifted_attention", f"{_EXAMPLES}.softmax:unshifted_attention", "unshifted"),
+    Entry("examples.three_pass_attention", f"{_EXAMPLES}.softmax:three_pass_attention", "division-free"),
 )
 
 
@@ -53,6 +57,6 @@ def subjects(families: Iterable[str] = ()) -> list[Subject]:
         assert isinstance(contract, Contract), f"{entry.target} has no contract"
         if not wanted or contract.family in wanted:
             found.append(
-                Subject(entry.name, Importable(entry.target), contract, default_device(), entry.example, entry.must_fail)
+                Subject(entry.name, Importable(entry.target), contract, default_device(), entry.prediction)
             )
     return found

@@ -22,6 +22,7 @@ from attnproof.outcomes import (
     Returned,
     TimedOut,
 )
+from attnproof.predictions import PREDICTIONS
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Contract
 from attnproof.properties.regimes import REGIMES
@@ -44,20 +45,26 @@ class Subject:
     Attributes:
         name: how reports call it; target: how a worker gets hold of it.
         contract: what it promises; device: "cpu", "emulator:sm_90", "cuda", ...
-        example: a naive variant that must be found out; must_fail: "regime" or "regime/dtype" where it must FAIL.
+        prediction: for a naive example that must be found out, the theory of ``predictions`` that says where.
     """
 
     name: str
     source: KernelSource
     contract: Contract
     device: str
-    example: bool = False
-    must_fail: tuple[str, ...] = ()
+    prediction: str = ""
 
-    def expected(self, case: Case) -> str:
-        """The verdict that is listed for the case's regime and dtype."""
-        listed = case.regime in self.must_fail or f"{case.regime}/{case.dtype}" in self.must_fail
-        return "FAIL" if listed else "PASS"
+    @property
+    def example(self) -> bool:
+        """Whether this is a naive variant that must be found out."""
+        return bool(self.prediction)
+
+    def expected(self, trial: Trial, verdict: str) -> str:
+        """The verdict that the case must get: PASS, for examples what theory says; where that is open, ``verdict``."""
+        if not self.prediction:
+            return "PASS"
+        predicted = PREDICTIONS[self.prediction](trial)
+        return verdict if predicted == "OPEN" else predicted
 
 
 def case_record(case: Case) -> CaseRecord:
@@ -83,13 +90,14 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
     begun = time.perf_counter()
     if subject.contract.causal_alignment == "top-left" and case.option("causal"):
         case = replace(case, options=(*case.options, ("causal_alignment", "top-left")))
-    seconds = 0.0
+    seconds, expected = 0.0, "PASS"
     try:
         trial = prepare(case, subject.contract)
         outcome = call(_request(subject, trial))
         judgement = _judge_outcome(subject, trial, outcome)
         if isinstance(outcome, Returned) and outcome.seconds:
             seconds = outcome.seconds[0]
+        expected = subject.expected(trial, judgement.verdict)
     except Exception as error:  # noqa: BLE001 - whatever breaks the checker must not be taken for a verdict
         failure = Failure("checker", f"the checker failed: {type(error).__name__}: {error}")
         judgement = Judgement("UNVERIFIED", (failure,))
@@ -98,7 +106,7 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
         kernel=subject.name,
         case=case_record(case),
         verdict=judgement.verdict,
-        expected=subject.expected(case),
+        expected=expected,
         failures=failures,
         vacuous=judgement.vacuous,
         unjudged=dict(judgement.unjudged),

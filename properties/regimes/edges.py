@@ -165,8 +165,8 @@ def _labels(draw: Draw, classes: int) -> npt.NDArray[np.int64]:
     keys = draw["N"]
     label = np.full(keys, -1, dtype=np.int64)
     start = 0
-    for index, exponent in enumerate(draw.integers("class size", 0, 5, classes)):
-        size = min(2 ** int(exponent), _MOST_TIED)
+    for index, exponent in enumerate(draw.integers("class size", 0, _MOST_TIED.bit_length(), classes)):
+        size = 2 ** int(exponent)
         while size > keys - start:
             size //= 2
         label[start : start + size] = index

@@ -29,7 +29,8 @@ _PATIENCE_SECONDS = 2.0
 
 def _flash() -> Any:
     spec = importlib.util.spec_from_file_location("emulator_flash", _FLASH)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

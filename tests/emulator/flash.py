@@ -1,4 +1,4 @@
-"""A plain flash-attention forward, small enough to read: the emulator's workhorse in its tests and benchmark."""
+"""A plain flash-attention forward, small enough to read: for the emulator's tests and its benchmark."""
 
 from __future__ import annotations
 

@@ -177,12 +177,26 @@ def test_integers_wrap_and_divide_as_in_c(op: str, dtype: torch.dtype) -> None:
     with np.errstate(over="ignore"):
         wide_x, wide_y = x.astype(object), y.astype(object)
         expected = {
-            "add": lambda: x + y, "sub": lambda: x - y, "mul": lambda: x * y, "and": lambda: x & y, "xor": lambda: x ^ y,
+            "add": lambda: x + y,
+            "sub": lambda: x - y,
+            "mul": lambda: x * y,
+            "and": lambda: x & y,
+            "xor": lambda: x ^ y,
             # C truncates towards zero; Python's integers floor.
-            "floordiv": lambda: np.array([int(abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1) for a, b in zip(wide_x, wide_y)]).astype(kind),
-            "mod": lambda: np.array([int(abs(a) % abs(b)) * (-1 if a < 0 else 1) for a, b in zip(wide_x, wide_y)]).astype(kind),
-            "less": lambda: x < y, "equal": lambda: x == y, "max": lambda: np.maximum(x, y), "min": lambda: np.minimum(x, y),
-        }[op]()  # fmt: skip
+            "floordiv": lambda: np.array(
+                [
+                    int(abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1)
+                    for a, b in zip(wide_x, wide_y, strict=True)
+                ]
+            ).astype(kind),
+            "mod": lambda: np.array(
+                [int(abs(a) % abs(b)) * (-1 if a < 0 else 1) for a, b in zip(wide_x, wide_y, strict=True)]
+            ).astype(kind),
+            "less": lambda: x < y,
+            "equal": lambda: x == y,
+            "max": lambda: np.maximum(x, y),
+            "min": lambda: np.minimum(x, y),
+        }[op]()
     result = run_binary(op, torch.from_numpy(x), torch.from_numpy(y))
     assert np.array_equal(result.numpy(), np.asarray(expected).astype(kind))
 
@@ -225,11 +239,23 @@ def test_float_comparisons_with_nan() -> None:
 @pytest.mark.parametrize(
     ("op", "f"),
     [
-        ("exp", torch.exp), ("exp2", torch.exp2), ("log", torch.log), ("log2", torch.log2), ("sqrt", torch.sqrt),
-        ("sqrt_rn", torch.sqrt), ("rsqrt", torch.rsqrt), ("sin", torch.sin), ("cos", torch.cos), ("erf", torch.erf),
-        ("abs", torch.abs), ("floor", torch.floor), ("ceil", torch.ceil), ("sigmoid", torch.sigmoid), ("neg", torch.neg),
+        ("exp", torch.exp),
+        ("exp2", torch.exp2),
+        ("log", torch.log),
+        ("log2", torch.log2),
+        ("sqrt", torch.sqrt),
+        ("sqrt_rn", torch.sqrt),
+        ("rsqrt", torch.rsqrt),
+        ("sin", torch.sin),
+        ("cos", torch.cos),
+        ("erf", torch.erf),
+        ("abs", torch.abs),
+        ("floor", torch.floor),
+        ("ceil", torch.ceil),
+        ("sigmoid", torch.sigmoid),
+        ("neg", torch.neg),
     ],
-)  # fmt: skip
+)
 def test_functions_are_within_two_ulp(op: str, f: Any) -> None:
     x = torch.rand(256) * 8 + 0.01
     out = torch.empty_like(x)

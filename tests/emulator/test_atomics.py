@@ -112,5 +112,5 @@ def test_collisions_within_one_program() -> None:
 
 
 def test_faults() -> None:
-    with emulate(), pytest.raises(MemoryFault, match="tt.atomic_rmw"):
+    with emulate(), pytest.raises(MemoryFault, match=r"tt\.atomic_rmw"):
         rmw_kernel[(1,)](torch.zeros(8), torch.zeros(7), torch.zeros(8), "add", 8)

@@ -14,7 +14,8 @@ from attnproof.emulator import EmulationError, compile_launches, emulate
 
 def _sibling(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"emulator_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -122,7 +122,7 @@ def test_inline_assembly(asm: str, f: Any) -> None:
 
 
 def test_other_assembly_is_refused() -> None:
-    with emulate(), pytest.raises(EmulationError, match="inline assembly 'shfl.sync"):
+    with emulate(), pytest.raises(EmulationError, match=r"inline assembly 'shfl\.sync"):
         asm_kernel[(1,)](torch.zeros(16), torch.zeros(16), "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", 16)
 
 
@@ -163,5 +163,5 @@ def test_host_descriptors(target: str) -> None:
 
 
 def test_descriptor_shapes_are_checked_against_the_storage() -> None:
-    with emulate(), pytest.raises(MemoryFault, match="tt.descriptor_load"):
+    with emulate(), pytest.raises(MemoryFault, match=r"tt\.descriptor_load"):
         descriptor_kernel[(3,)](torch.zeros(39, 24), torch.zeros(40, 24), 40, 24, 16)

@@ -21,8 +21,8 @@ needs_model = pytest.mark.skipif(not available(), reason=INSTALL)
 def test_embeddings_are_those_of_the_published_model() -> None:
     """The similarity of the first pair is 0.7553 in the documentation of sentence-transformers.
 
-    With ``transformers`` 5.23 (BertModel in float64) on the package's text, all hidden states and queries differed
-    from this module's by less than 1e-13 (measured once; transformers is no dependency).
+    With ``transformers`` 5.23 (BertModel in float64) on the package's text, all hidden states and queries
+    differed from this module's by less than 1e-13 (measured once; transformers is no dependency).
     """
     eating, bread, baby = map(
         encode, ("A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.")

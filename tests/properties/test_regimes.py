@@ -135,13 +135,16 @@ def test_subnormal_inputs_are_subnormal_and_matter(dtype: str) -> None:
     assert v.abs().median() > tiny / 64
 
 
+@pytest.mark.parametrize("view", ["contiguous", "broadcast"])
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"bias": "bhmn"}, {"window": (6, 2), "sinks": True}], ids=str
 )
 @pytest.mark.parametrize("shape", SIZES_USED, ids=lambda shape: f"D{shape['D']}")
-def test_representable_cases_have_exact_outputs(shape: dict[str, int], options: dict[str, Any]) -> None:
+def test_representable_cases_have_exact_outputs(
+    shape: dict[str, int], options: dict[str, Any], view: str
+) -> None:
     """In rationals: logits are 0 or ≤ −256, outputs of power-of-two rows exact even in bfloat16."""
-    case = Case("softmax", "bfloat16", shape, "representable", options)  # type: ignore[arg-type]
+    case = Case("softmax", "bfloat16", shape, "representable", options, view)  # type: ignore[arg-type]
     inputs = make_inputs(case)
     q, k, v = (t.double() for t in inputs.tensors.values())
     group = shape["H"] // shape["G"]

@@ -60,7 +60,8 @@ failures = st.builds(
     detail=WORDS,
     script=WORDS,
 )
-series = st.builds(Series, columns=st.dictionaries(WORDS, st.lists(RATIOS | WHOLE, max_size=5), max_size=3))
+COLUMNS = st.dictionaries(WORDS, st.lists(RATIOS | WHOLE, max_size=5), max_size=3)
+series = st.builds(Series, columns=COLUMNS)
 events = st.one_of(
     st.builds(RunStarted, schema=st.just(SCHEMA_VERSION), seed=WHOLE),
     st.builds(KernelStarted, contract=TABLES, planned=WHOLE),

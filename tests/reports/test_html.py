@@ -95,7 +95,7 @@ def test_nothing_is_fetched(page: Page) -> None:
 def test_tables_are_whole_and_figures_are_there(page: Page, source: str) -> None:
     rows = re.findall(r"<tr[ >].*?</tr>", source.split('<script type="application/json"')[0], re.DOTALL)
     widths = Counter(len(re.findall(r"<t[hd][ >]", row)) for row in rows)
-    # Every table has its header and rows of its own width: kernels, cells, remarks with and without elements, figures.
+    # A table has rows of one width: kernels and cells 12, remarks 5 or 6, figures of findings 2 or 3.
     assert set(widths) == {12, 5, 6, 2, 3}
     assert ">inf</td>" in source
     assert source.count('class="kernel"') == 18
@@ -103,14 +103,11 @@ def test_tables_are_whole_and_figures_are_there(page: Page, source: str) -> None
 
 def test_the_summary_comes_first(page: Page) -> None:
     text = " ".join(" ".join(page.text).split())
-    order = [
-        "FAIL",
-        "attnproof verify --jobs 2",
-        "Kernels",
-        "Failures that were not expected",
-        "Kernel by kernel",
+    # What the navigation names comes a second time, as a heading.
+    places = [text.index("FAIL"), text.index("attnproof verify --jobs 2")]
+    places += [
+        text.rindex(words) for words in ("Failures that were not expected", "Kernel by kernel softmax")
     ]
-    places = [text.index(words) for words in order]
     assert places == sorted(places)
     assert "did not" in text and "incomplete" not in text.split("How to read it")[0].lower()
 
@@ -140,7 +137,7 @@ def test_three_thousand_cases_stay_below_five_megabytes(tmp_path: Path) -> None:
 
 
 def test_the_page_does_not_grow_with_the_cases(tmp_path: Path) -> None:
-    sizes = [html.render(build_events(n), tmp_path / f"{n}.html").stat().st_size for n in (6_000, 24_000)]
+    sizes = [html.render(build_events(n), tmp_path / f"{n}.html").stat().st_size for n in (6_000, 18_000)]
     assert sizes[1] < 1.2 * sizes[0] < 5 * MEGABYTE
 
 
@@ -158,17 +155,17 @@ def test_chart_data_is_strict_json(page: Page) -> None:
 
 
 @settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(record=st.lists(any_event, max_size=12))
 def test_any_events_give_a_whole_page(record: list[Event], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = html.render(record, tmp_path_factory.getbasetemp() / "any.html")
-    page = Page(path.read_text(encoding="utf-8"))
-    assert page.unbalanced == [] and page.open == [] and page.count("script") == 3
+    before, _, after = path.read_text(encoding="utf-8").partition('<script type="application/json"')
+    page = Page(before)
+    assert page.unbalanced == [] and page.open == ["html", "body"] and page.count("script") == 0
+    assert after.count("</script>") == 3
 
 
-@pytest.mark.parametrize("chart", ["line", "scatter", "histogram", "table", "of a later version"])
-@pytest.mark.parametrize("log", [(), ("x", "y")])
 @pytest.mark.parametrize(
     "columns",
     [
@@ -183,10 +180,12 @@ def test_any_events_give_a_whole_page(record: list[Event], tmp_path_factory: pyt
     ],
     ids=["nonfinite", "counted", "text", "ragged", "huge", "empty", "no-x", "nothing"],
 )
-def test_any_series_is_shown(
-    tmp_path: Path, chart: str, log: tuple[str, ...], columns: dict[str, list[Any]]
-) -> None:
-    series = Series("A series", chart, columns, "x", "y", "g", log)
-    record = [Finding("f", "held up", "s", "", "", (series,)), RunFinished("PASS", 0, 1.0)]
+def test_any_series_is_shown(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
+    series = tuple(
+        Series(f"{chart} {log}", chart, columns, "x", "y", "g", log)
+        for chart in ("line", "scatter", "histogram", "table", "of a later version")
+        for log in ((), ("x", "y"))
+    )
+    record = [Finding("f", "held up", "s", "", "", series), RunFinished("PASS", 0, 1.0)]
     page = Page(html.render(record, tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert page.unbalanced == [] and any("A series" in text for text in page.text)
+    assert page.unbalanced == [] and page.count("figure") == len(series)

@@ -29,7 +29,7 @@ from tests.reports.synthetic import build_events
 
 
 def written_out(value: Any) -> str:
-    """``value`` as text, in which NaN equals NaN and 1 differs from 1.0 no more than JSON tells them apart."""
+    """``value`` as text, in which NaN equals NaN, and 1 differs from 1.0."""
     if isinstance(value, float):
         return "nan" if math.isnan(value) else repr(value)
     if isinstance(value, dict):

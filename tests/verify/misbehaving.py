@@ -61,8 +61,10 @@ def hang_in_c_ignoring_sigterm(x: torch.Tensor) -> None:
 
 
 @_way
-def allocate(x: torch.Tensor, gibibytes: int = 64) -> torch.Tensor:
-    return torch.ones(gibibytes << 28)
+def allocate(x: torch.Tensor) -> torch.Tensor:
+    """1 GiB, never touched: the address space alone counts."""
+    _kept.append(torch.empty(1 << 28))
+    return x * 2
 
 
 @_way
@@ -354,8 +356,11 @@ def fork_and_exit(x: torch.Tensor, file: str) -> None:
 
 @_way
 def fork_and_return_twice(x: torch.Tensor) -> torch.Tensor:
-    os.fork()
-    return x * 2
+    """The copy returns first; it must end there, and the parent answer."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    return torch.tensor(os.getpid())
 
 
 @_way

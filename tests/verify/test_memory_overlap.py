@@ -44,5 +44,12 @@ def test_shared_bytes_are_found_exactly(a: torch.Tensor, b: torch.Tensor) -> Non
         assert kind == ("memory" if addresses(a) & addresses(b) else "storage")
 
 
+def test_large_neighbours_share_the_storage_alone() -> None:
+    whole = torch.zeros(1 << 22, dtype=torch.uint8)
+    halves = [Extent.of_tensor(half) for half in whole.chunk(2)]
+    assert shared_kind(*halves) == "storage"
+    assert shared_kind(Extent.of_tensor(whole[1:]), halves[0]) == "memory"
+
+
 def test_other_storages_share_nothing() -> None:
     assert shared_kind(Extent.of_tensor(torch.zeros(4)), Extent.of_tensor(torch.zeros(4))) is None

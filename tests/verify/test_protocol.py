@@ -121,6 +121,7 @@ def test_a_true_reply_is_accepted() -> None:
         (Reply(1, (), value=TensorNode(0), tensors=(tensor((2, 9)),)), "of a body of 64"),
         (Reply(1, (), value=TensorNode(0), tensors=(tensor(start=48),)), "of a body of 64"),
         (Reply(1, (), value=TensorNode(0), tensors=(tensor(start=-64),)), "of a body of 64"),
+        (Reply(1, (), value=TensorNode(0), tensors=(tensor(start=4),)), "of a body of 64"),
         (Reply(1, (), value=TensorNode(0), tensors=(tensor((-2, -3)),)), "shape"),
         (Reply(1, (), value=TensorNode(0), tensors=(tensor((0, 1 << 62)),)), "shape"),
         (Reply(1, (), value=TensorNode(0), tensors=(tensor(dtype="object"),)), "unknown dtype"),

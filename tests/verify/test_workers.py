@@ -445,9 +445,9 @@ def test_a_daemon_that_holds_the_pipes_does_not_hide_a_death(pool: WorkerPool, t
     assert not _is_alive(int((tmp_path / "pid").read_text()))
 
 
-def test_a_forked_copy_does_not_answer_too(pool: WorkerPool) -> None:
-    for _ in range(3):
-        assert torch.equal(returned(pool.call(request("fork_and_return_twice"))).outputs[0].tensor, X * 2)
+def test_a_forked_copy_does_not_answer(pool: WorkerPool) -> None:
+    outcome = returned(pool.call(request("fork_and_return_twice")))
+    assert outcome.outputs[0].tensor.item() == outcome.pid
     assert_still_works(pool)
 
 

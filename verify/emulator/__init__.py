@@ -1,4 +1,4 @@
-"""A GPU made of software: Triton kernels on CPU tensors, with the arithmetic and the memory checks of their IR."""
+"""A GPU made of software: Triton kernels on CPU tensors, with their IR's arithmetic and checked memory."""
 
 from attnproof.emulator.compilation import CompiledKernel, compile_launches
 from attnproof.emulator.driver import EmulatorDriver, emulate

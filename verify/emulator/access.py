@@ -52,7 +52,9 @@ class Access:
 
 
 def resolve(context: Context, pointer: Pointer, mask: Tensor | None, size: int, site: Site) -> list[Access]:
-    """Check an access of elements of `size` bytes; one entry for each tensor reached, none where no element is active.
+    """Check an access of elements of `size` bytes: one entry for each tensor that it reaches.
+
+    There is none where no element is active.
 
     Raises MemoryFault for the first active element outside every storage, or misaligned.
     """
@@ -110,9 +112,9 @@ def _misaligned(parts: tuple[Tensor, ...], mask: Tensor | None, size: int) -> bo
 def _mask_one_part(
     context: Context, parts: tuple[Tensor, ...], mask: Tensor, size: int
 ) -> tuple[tuple[Tensor, ...], Buffer] | None:
-    """Replace the masked-out entries of the one part that varies as the mask does, so that all addresses are valid."""
+    """Make all addresses valid by changing masked-out entries of the one part that varies as the mask."""
     for i, part in enumerate(parts):
-        if all(m == 1 or p == m for p, m in zip(part.shape, mask.shape, strict=True)):
+        if all(m in (1, p) for p, m in zip(part.shape, mask.shape, strict=True)):
             active = part.masked_select(mask)
             safe = torch.where(mask, part, active.amin())
             candidate = (*parts[:i], safe, *parts[i + 1 :])
@@ -148,7 +150,7 @@ def _scattered(
 
 
 def _contiguous_axis(parts: tuple[Tensor, ...], mask: Tensor | None, size: int) -> tuple[int, int] | None:
-    """(part, axis) such that the part alone varies along the axis, by one element each, and the mask does not."""
+    """(part, axis) such that the part alone varies along the axis, by one element, and the mask does not."""
     for position, part in enumerate(parts):
         long = [axis for axis in range(1, part.dim()) if part.shape[axis] > 1]
         if not long:
@@ -214,7 +216,7 @@ def _covers(shape: torch.Size, mask: torch.Size) -> bool:
 
 
 def spread(access: Access, value: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Active elements of an access, flat and in program order: index, value (None stays None), program position."""
+    """Active elements of an access, flat and in program order: index, value (or None), program position."""
     index = access.index
     if access.axis >= 0:
         run = torch.arange(access.width)

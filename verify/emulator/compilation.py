@@ -1,4 +1,4 @@
-"""What kernels become on real targets, without a GPU: compiled to cubin or hsaco with the assemblers inside Triton's wheel.
+"""What kernels become on real targets, compiled without a GPU by the assemblers inside Triton's wheel.
 
 A callable is run under a driver that compiles every launch completely and executes none; what the binary
 needs is read at the end of the last compilation stage and kept in Triton's own cache beside it.
@@ -29,16 +29,37 @@ _MEASURE_VERSION = "attnproof-resources-1"
 
 # Mnemonics worth counting, by the name under which they are reported.
 _NVIDIA = {
-    "HMMA": r"\bHMMA\.", "IMMA": r"\bIMMA\.", "QMMA": r"\bQMMA\.", "DMMA": r"\bDMMA\.", "HGMMA": r"\bHGMMA\.",
-    "QGMMA": r"\bQGMMA\.", "IGMMA": r"\bIGMMA\.", "UTCHMMA": r"\bUTCHMMA", "UTCQMMA": r"\bUTCQMMA", "FFMA": r"\bFFMA2?\b",
-    "MUFU.EX2": r"\bMUFU\.EX2", "MUFU.RCP": r"\bMUFU\.RCP", "MUFU.TANH": r"\bMUFU\.TANH", "LDG": r"\bLDG\.", "STG": r"\bSTG\.",
-    "LDL": r"\bLDL\b", "STL": r"\bSTL\b", "LDGSTS": r"\bLDGSTS\.", "UTMALDG": r"\bUTMALDG",
-}  # fmt: skip
+    "HMMA": r"\bHMMA\.",
+    "IMMA": r"\bIMMA\.",
+    "QMMA": r"\bQMMA\.",
+    "DMMA": r"\bDMMA\.",
+    "HGMMA": r"\bHGMMA\.",
+    "QGMMA": r"\bQGMMA\.",
+    "IGMMA": r"\bIGMMA\.",
+    "UTCHMMA": r"\bUTCHMMA",
+    "UTCQMMA": r"\bUTCQMMA",
+    "FFMA": r"\bFFMA2?\b",
+    "MUFU.EX2": r"\bMUFU\.EX2",
+    "MUFU.RCP": r"\bMUFU\.RCP",
+    "MUFU.TANH": r"\bMUFU\.TANH",
+    "LDG": r"\bLDG\.",
+    "STG": r"\bSTG\.",
+    "LDL": r"\bLDL\b",
+    "STL": r"\bSTL\b",
+    "LDGSTS": r"\bLDGSTS\.",
+    "UTMALDG": r"\bUTMALDG",
+}
 _AMD = {
-    "mfma": r"\bv_mfma_", "v_exp": r"\bv_exp_f32", "v_rcp": r"\bv_rcp_f32", "buffer_load": r"\bbuffer_load_",
-    "global_load": r"\bglobal_load_", "buffer_store": r"\bbuffer_store_", "global_store": r"\bglobal_store_",
-    "scratch_load": r"\bscratch_load_", "scratch_store": r"\bscratch_store_",
-}  # fmt: skip
+    "mfma": r"\bv_mfma_",
+    "v_exp": r"\bv_exp_f32",
+    "v_rcp": r"\bv_rcp_f32",
+    "buffer_load": r"\bbuffer_load_",
+    "global_load": r"\bglobal_load_",
+    "buffer_store": r"\bbuffer_store_",
+    "global_store": r"\bglobal_store_",
+    "scratch_load": r"\bscratch_load_",
+    "scratch_store": r"\bscratch_store_",
+}
 MATRIX_INSTRUCTIONS = frozenset(
     {"HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "mfma"}
 )
@@ -74,7 +95,8 @@ def _tool(name: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
         raise EmulationError(
-            f"the Triton wheel has no {name} ({path}): install the official wheel of triton {triton.__version__}"
+            f"the Triton wheel has no {name} ({path}): "
+            f"install the official wheel of triton {triton.__version__}"
         )
     return str(path)
 
@@ -110,7 +132,7 @@ def _measure_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def _amd_metadata(hsaco: bytes) -> dict[str, Any]:
-    """The NT_AMDGPU_METADATA note (LLVM, AMDGPUUsage): name size, description size, type 32, "AMDGPU", msgpack."""
+    """The NT_AMDGPU_METADATA note (LLVM, AMDGPUUsage): two sizes, a type, "AMDGPU", msgpack."""
     at = hsaco.find(b"AMDGPU\0\0")
     if at < 12:
         raise EmulationError("the hsaco holds no AMDGPU metadata note")
@@ -201,7 +223,7 @@ class RecordingDriver(EmulatorDriver):
 
 @contextmanager
 def record(target: str) -> Iterator[RecordingDriver]:
-    """Inside, launches are compiled for the target and noted in the driver's `reports`, and nothing is executed."""
+    """Inside, launches are compiled for the target, noted in the driver's `reports`, and not executed."""
     driver = RecordingDriver(target)
     with LOCK, active_driver(driver, _measure), pretended_device(driver.target), poisoned_empties():
         yield driver
@@ -235,7 +257,7 @@ def compile_launches(
             call(*args, **(kwargs or {}))
         if not driver.reports:
             raise EmulationError(
-                f"{getattr(call, '__qualname__', call)!s} launched no Triton kernel: there is nothing to compile. "
+                f"{getattr(call, '__qualname__', call)!s} launched no Triton kernel: nothing to compile. "
                 "Does it fall back to torch for CPU tensors?"
             )
         reports += driver.reports.values()

@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,9 +42,15 @@ def _keep_only_ttir(
         if name is None:
             raise EmulationError("the front end produced a module without a public function")
         metadata.update(
-            name=name.group(1).strip('"'), shared=0, tmem_size=0, global_scratch_size=0, global_scratch_align=1,
-            profile_scratch_size=0, profile_scratch_align=1, tensordesc_meta=[],
-        )  # fmt: skip
+            name=name.group(1).strip('"'),
+            shared=0,
+            tmem_size=0,
+            global_scratch_size=0,
+            global_scratch_align=1,
+            profile_scratch_size=0,
+            profile_scratch_align=1,
+            tensordesc_meta=[],
+        )
         return text.encode()
 
     for stage in list(stages):
@@ -99,13 +104,23 @@ class _Launcher:
         self.name: str = metadata.name
 
     def __call__(
-        self, grid0: int, grid1: int, grid2: int, stream: int, function: Any, packed_metadata: Any,
-        launch_metadata: Any, enter_hook: Callable[[Any], None] | None, exit_hook: Callable[[Any], None] | None, *arguments: Any,
-    ) -> None:  # fmt: skip
+        self,
+        grid0: int,
+        grid1: int,
+        grid2: int,
+        stream: int,
+        function: Any,
+        packed_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Callable[[Any], None] | None,
+        exit_hook: Callable[[Any], None] | None,
+        *arguments: Any,
+    ) -> None:
         active = triton.runtime.driver.active
         if not isinstance(active, EmulatorDriver):
             raise EmulationError(
-                f"kernel {self.name} was compiled for the emulator and launched outside of it: enter attnproof.emulator.emulate()"
+                f"kernel {self.name} was compiled for the emulator and launched outside of it: "
+                "enter attnproof.emulator.emulate()"
             )
         if enter_hook is not None:
             enter_hook(launch_metadata)
@@ -154,7 +169,7 @@ class EmulatorDriver:
         return kind
 
     def get_benchmarker(self) -> Callable[..., Any]:
-        """One call is enough to choose by: emulated time says nothing about a GPU's, every configuration ties."""
+        """One call is enough: emulated time says nothing about a GPU's, every configuration ties."""
 
         def benchmark(call: Callable[[], Any], *, quantiles: Sequence[float] | None = None, **_: Any) -> Any:
             call()

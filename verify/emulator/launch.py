@@ -146,7 +146,7 @@ def _pointer(code: FunctionCode, name: str, argument: Any, memory: AddressSpace)
         )
     if tensor.device.type != "cpu":
         raise EmulationError(
-            f"argument {name!r} of kernel {code.name} is on {tensor.device}: the emulator runs on CPU tensors. "
+            f"argument {name!r} of kernel {code.name} is on {tensor.device}: the emulator takes CPU tensors. "
             "Move it with .cpu(), or launch outside emulate()"
         )
     return memory.add(name, tensor)

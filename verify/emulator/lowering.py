@@ -8,6 +8,7 @@ with regions has a *control* preparer, whose step reads and writes the registers
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from attnproof.emulator.errors import EmulationError
@@ -58,6 +59,17 @@ def controls(*names: str) -> Callable[[Control], Control]:
     return register
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A lowered operation: the slots it reads and writes (regions included), what lives in its regions."""
+
+    op: Op
+    step: Step
+    uses: set[int]
+    outs: list[int]
+    inner_bytes: int = 0
+
+
 class Lowering:
     """Lowers one function; nested scopes share its registers."""
 
@@ -93,7 +105,8 @@ class Lowering:
     def unsupported(self, op: Op, why: str) -> EmulationError:
         """An error that names the operation, the kernel and the source line."""
         return EmulationError(
-            f"the emulator does not execute {op.name} in kernel {self.kernel} at {op.location}: {why}\n    {op.text}"
+            f"the emulator does not execute {op.name} in kernel {self.kernel} at {op.location}: "
+            f"{why}\n    {op.text}"
         )
 
     # Names and slots
@@ -142,15 +155,12 @@ class Lowering:
 
     def _block(self, block: Block, code: BlockCode, *, single: bool) -> None:
         body = list(block.ops)
-        if body and body[-1].name in TERMINATORS:
-            last = body.pop()
-        else:
-            last = None
-        pending: list[tuple[Op, Step, set[int], list[int]]] = []
+        last = body.pop() if body and body[-1].name in TERMINATORS else None
+        pending: list[Pending] = []
         for op in body:
             lowered = self._op(op)
             if lowered is not None:
-                pending.append((op, *lowered))
+                pending.append(lowered)
         kept: set[int] = set()
         if last is not None:
             code.terminator = last.name
@@ -161,23 +171,24 @@ class Lowering:
 
     def _release(
         self,
-        pending: list[tuple[Op, Step, set[int], list[int]]],
+        pending: list[Pending],
         code: BlockCode,
         kept: set[int],
         *,
         owned: bool,
     ) -> None:
         """Append the steps, each followed by the release of the values that it was the last to read."""
-        mine = {slot for _, _, _, outs in pending for slot in outs}
-        last_use = {slot: i for i, (_, _, uses, outs) in enumerate(pending) for slot in (*outs, *uses)}
+        mine = {slot for one in pending for slot in one.outs}
+        last_use = {slot: i for i, one in enumerate(pending) for slot in (*one.outs, *one.uses)}
         alive = 0
-        for i, (op, step, uses, outs) in enumerate(pending):
-            alive += sum(self._bytes(slot) for slot in outs)
-            self.peak_bytes = max(self.peak_bytes, alive)
-            dead = [s for s in {*uses, *outs} if owned and s in mine and s not in kept and last_use[s] == i]
+        for i, one in enumerate(pending):
+            alive += sum(self._bytes(slot) for slot in one.outs)
+            self.peak_bytes = max(self.peak_bytes, alive + one.inner_bytes)
+            touched = {*one.uses, *one.outs}
+            dead = [s for s in touched if owned and s in mine and s not in kept and last_use[s] == i]
             alive -= sum(self._bytes(slot) for slot in dead)
-            code.steps.append(_releasing(step, dead) if dead else step)
-            code.ops.append(op)
+            code.steps.append(_releasing(one.step, dead) if dead else one.step)
+            code.ops.append(one.op)
 
     def _bytes(self, slot: int) -> int:
         kind = self.types[slot]
@@ -189,17 +200,19 @@ class Lowering:
         except KeyError:
             return size * 8
 
-    def _op(self, op: Op) -> tuple[Step, set[int], list[int]] | None:
+    def _op(self, op: Op) -> Pending | None:
         """Lower one operation; None where it was folded into a constant."""
         if op.name in CONTROLS:
             ins = [self.slot(name) for name in op.operands]
             first = len(self.template)
             outer: set[int] = set()
             self.captured.append((first, outer))
+            outer_peak, self.peak_bytes = self.peak_bytes, 0
             step = CONTROLS[op.name](op, self)
+            inner, self.peak_bytes = self.peak_bytes, outer_peak
             self.captured.pop()
             outs = [self.define(name, kind) for name, kind in zip(op.results, op.result_types, strict=True)]
-            return _control_step(step, ins, outs), outer | set(ins), outs
+            return Pending(op, _control_step(step, ins, outs), outer | set(ins), outs, inner)
         preparer = PREPARERS.get(op.name)
         if preparer is None:
             raise self.unsupported(op, "it is not implemented; please report it with the line below")
@@ -218,7 +231,7 @@ class Lowering:
             for slot, value in zip(outs, values if len(outs) > 1 else [values], strict=True):
                 self.template[slot] = value
             return None
-        return _plain_step(run, ins, outs), set(ins), outs
+        return Pending(op, _plain_step(run, ins, outs), set(ins), outs)
 
 
 def _plain_step(run: Run, ins: list[int], outs: list[int]) -> Step:

@@ -130,17 +130,19 @@ class FunctionCode:
 
 def run_block(block: BlockCode, context: Context, registers: Registers) -> list[Value]:
     """Execute the steps of a block and return the values that its terminator names."""
-    position = 0
+    done = 0
     try:
-        for position, step in enumerate(block.steps):
+        for step in block.steps:
             step(context, registers)
+            done += 1
     except (EmulationError, MemoryFault, RaceFault, AssertionError):
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        op = block.ops[position]
+        op = block.ops[done]
         raise EmulationError(
             f"{op.name} failed in kernel {context.kernel} at {op.location}: {type(error).__name__}: {error}\n"
-            f"    {op.text}\nThis is a defect of the emulator, or a form of the operation that it does not know."
+            f"    {op.text}\n"
+            "This is a defect of the emulator, or a form of the operation that it does not know."
         ) from error
     return [registers[slot] for slot in block.returns]
 
@@ -203,7 +205,7 @@ def run_split(
     then: Callable[[Context, Registers], list[Value]],
     otherwise: Callable[[Context, Registers], list[Value]],
 ) -> list[Value]:
-    """Run one side for the programs where `condition` (`[P]`, mixed) holds and the other for the rest; join the results."""
+    """Run one side for the programs where `condition` (`[P]`, mixed) holds, the other for the rest."""
     groups = [condition.nonzero().flatten(), (~condition).nonzero().flatten()]
     results = []
     for index, side in zip(groups, (then, otherwise), strict=True):

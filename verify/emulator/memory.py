@@ -25,7 +25,7 @@ _PAGE = 1 << 12
 
 @dataclass(eq=False)
 class Buffer:
-    """One storage: virtual base, size in bytes, the arguments that live in it, flat integer views by width."""
+    """One storage: virtual base, size in bytes, the arguments that live in it, flat views by width."""
 
     base: int
     nbytes: int
@@ -90,7 +90,7 @@ class Site:
 
 
 def fault(context: Context, site: Site, addresses: Tensor, active: Tensor | None, size: int) -> MemoryFault:
-    """Describe the first offending element of an access (`addresses` and `active` of the same shape, `[P, …]`)."""
+    """Describe the first offending element of an access (`addresses`, `active`: one shape, `[P, …]`)."""
     memory = context.memory
     for flat in range(addresses.numel()):
         index = torch.unravel_index(torch.tensor(flat), addresses.shape)

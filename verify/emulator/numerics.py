@@ -1,4 +1,4 @@
-"""Roundings that torch does not have: tf32, truncation towards zero, saturating float8, fused multiply-add."""
+"""Roundings that torch does not have: tf32, towards zero, saturating float8, fused multiply-add."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT8_MAX: dict[torch.dtype, float] = {
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """float32 to the nearest number with 10 explicit mantissa bits, ties away from zero (PTX cvt.rna.tf32.f32)."""
+    """float32 rounded to 10 explicit mantissa bits, ties away from zero (PTX cvt.rna.tf32.f32)."""
     bits = x.contiguous().view(torch.int32)
     rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
     # The carry would turn a NaN with a high payload into something else.
@@ -56,7 +56,7 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _odd_sum(a: Tensor, b: Tensor) -> Tensor:
-    """a + b in float64 rounded to odd: rounding it again to a shorter format is then the same as rounding once.
+    """a + b in float64 rounded to odd: rounding it again to a shorter format is as good as rounding once.
 
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
     odd", 2008.
@@ -91,7 +91,7 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def split(x: Tensor, kind: str, pieces: int) -> list[Tensor]:
-    """float32 as a sum of `pieces` numbers of a shorter format (`tf32` or `bf16`), largest first, each float32."""
+    """float32 as a sum of `pieces` numbers of a shorter format (`tf32` or `bf16`), largest first."""
     parts = []
     for _ in range(pieces):
         part = round_to_tf32(x) if kind == "tf32" else x.bfloat16().float()

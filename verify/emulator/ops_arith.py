@@ -126,7 +126,7 @@ def signless(x: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _nonzero(divisor: Tensor) -> Tensor:
-    """Division by zero is undefined and often masked away later: it must not raise, so divide by one instead."""
+    """Division by zero is undefined and often masked away later: it must not raise, so divide by one."""
     return divisor if bool(divisor.all()) else torch.where(divisor == 0, 1, divisor)
 
 

@@ -34,7 +34,7 @@ COMBINE: dict[str, Combine] = {
 
 
 def _rounds(index: Tensor) -> Iterator[Tensor]:
-    """Positions grouped so that no group names an address twice: each element's rank among its equals, rank by rank."""
+    """Positions in groups none of which names an address twice: by each element's rank among its equals."""
     if index.numel() < 2:
         yield torch.arange(index.numel())
         return
@@ -77,9 +77,14 @@ def _full_shape(context: Context, logical: tuple[int, ...]) -> torch.Size:
 
 
 def update(
-    context: Context, pointer: Pointer, mask: Tensor | None, logical: tuple[int, ...], dtype: torch.dtype, site: Site,
+    context: Context,
+    pointer: Pointer,
+    mask: Tensor | None,
+    logical: tuple[int, ...],
+    dtype: torch.dtype,
+    site: Site,
     change: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Check and perform an atomic update over all programs of the context."""
     shape = _full_shape(context, logical)
     result = torch.zeros(shape, dtype=dtype)

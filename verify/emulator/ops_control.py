@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -97,7 +95,7 @@ def _divergent(
     step: Tensor,
     trips: Tensor,
 ) -> list[Value]:
-    """Programs in order of falling trip count: those still running are always the first ones, so shrinking is a view."""
+    """Order programs by falling trip count: those still running are the first, and shrinking is a view."""
     trips, order = torch.sort(trips, descending=True, stable=True)
     context = context.subset(order)
     registers = restrict(registers, body.captures, order)
@@ -156,8 +154,9 @@ def _while(op: Op, low: Lowering) -> ControlRun:
             carried = run_region(after, context, registers, passed)
         else:
             raise EmulationError(
-                f"scf.while in kernel {context.kernel} at {op.location} did not end within {_MAX_WHILE_STEPS} steps: a loop "
-                "that waits for another program (a lock, a grid barrier) cannot be emulated, programs run in lock step"
+                f"scf.while in kernel {context.kernel} at {op.location} did not end in {_MAX_WHILE_STEPS} "
+                "steps: a loop that waits for another program (a lock, a grid barrier) cannot be emulated, "
+                "because programs run in lock step"
             )
         order = torch.argsort(torch.cat(groups))
         counts = [group.numel() for group in groups]

@@ -1,8 +1,8 @@
-"""Tensor descriptors: blocks addressed by coordinates, with bounds of their own (reads outside give zero or NaN)."""
+"""Tensor descriptors: blocks addressed by coordinates, with bounds of their own (outside is zero or NaN)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def addresses(
 
 
 def _tile(origins: Sequence[Tensor], block: tuple[int, ...], shape: tuple[int, ...]) -> list[Tensor]:
-    """Coordinates of a block at `origins` in the lazy layout of `shape` (the block without leading axes of length one)."""
+    """Coordinates of a block at `origins`, lazily shaped like `shape` (no leading axes of length one)."""
     rank, dropped = len(shape), len(block) - len(shape)
     coordinates = []
     for axis, (origin, length) in enumerate(zip(origins, block, strict=True)):
@@ -138,9 +138,10 @@ def _reduce(op: Op, low: Lowering) -> Run:
         tile = _tile(origins, _aligned(block.shape, kind.shape), kind.shape)
         pointer, inside = addresses(descriptor, tile, block.size, kind.shape)
         values = value.expand(context.count, *kind.shape).reshape(-1)
-        change: Callable[[Tensor, Tensor], Tensor] = lambda old, places: combine(old, values[places]).to(
-            old.dtype
-        )  # noqa: E731
+
+        def change(old: Tensor, places: Tensor) -> Tensor:
+            return combine(old, values[places]).to(old.dtype)
+
         update(context, pointer, inside, kind.shape, block.dtype, site, change)
         return ()
 
@@ -148,7 +149,7 @@ def _reduce(op: Op, low: Lowering) -> Run:
 
 
 def _rows(rows: Tensor, column: Tensor, width: int) -> list[Any]:
-    """Coordinates of a gather or scatter: row `i` of the block is row `rows[i]` of the tensor, from `column` on."""
+    """Coordinates of a gather or scatter: row `i` of the block is row `rows[i]` of the tensor."""
     return [rows.unsqueeze(-1), _column(column, 2) + torch.arange(width).view(1, 1, -1)]
 
 

@@ -19,21 +19,67 @@ from attnproof.emulator.values import Pointer, full
 # libdevice and OCML names without their prefix and type suffix. The `fast_` variants are evaluated
 # accurately: their documented errors are a property of the hardware's approximations, not of the IR.
 LIBRARY: dict[str, Callable[..., Tensor]] = {
-    "abs": torch.abs, "fabs": torch.abs, "acos": torch.acos, "acosh": torch.acosh, "asin": torch.asin,
-    "asinh": torch.asinh, "atan": torch.atan, "atan2": torch.atan2, "atanh": torch.atanh, "ceil": torch.ceil,
-    "copysign": torch.copysign, "cos": torch.cos, "cosh": torch.cosh, "div_rn": torch.div, "erf": torch.erf,
-    "erfc": torch.erfc, "erfinv": torch.erfinv, "exp": torch.exp, "exp10": lambda x: torch.pow(10.0, x), "exp2": torch.exp2,
-    "expm1": torch.expm1, "fdim": lambda a, b: torch.clamp(a - b, min=0), "fdividef": torch.div, "fast_div": torch.div,
-    "floor": torch.floor, "fma": fused_multiply_add, "fma_rn": fused_multiply_add, "fmax": torch.fmax, "fmin": torch.fmin,
-    "fmod": torch.fmod, "hypot": torch.hypot, "isnan": torch.isnan, "isinf": torch.isinf, "isfinited": torch.isfinite,
-    "finite": torch.isfinite, "lgamma": torch.lgamma, "log": torch.log, "log10": torch.log10, "log1p": torch.log1p,
-    "log2": torch.log2, "max": torch.maximum, "min": torch.minimum, "nearbyint": torch.round, "pow": torch.pow,
-    "rcp_rn": torch.reciprocal, "rint": torch.round, "llrint": torch.round, "rsqrt": torch.rsqrt, "rsqrt_rn": torch.rsqrt,
-    "saturate": lambda x: torch.nan_to_num(x, nan=0.0).clamp(0, 1), "signbit": torch.signbit, "sin": torch.sin,
-    "sinh": torch.sinh, "sqrt": torch.sqrt, "sqrt_rn": torch.sqrt, "tan": torch.tan, "tanh": torch.tanh,
-    "tgamma": lambda x: torch.exp(torch.lgamma(x)), "trunc": torch.trunc,
+    "abs": torch.abs,
+    "fabs": torch.abs,
+    "acos": torch.acos,
+    "acosh": torch.acosh,
+    "asin": torch.asin,
+    "asinh": torch.asinh,
+    "atan": torch.atan,
+    "atan2": torch.atan2,
+    "atanh": torch.atanh,
+    "ceil": torch.ceil,
+    "copysign": torch.copysign,
+    "cos": torch.cos,
+    "cosh": torch.cosh,
+    "div_rn": torch.div,
+    "erf": torch.erf,
+    "erfc": torch.erfc,
+    "erfinv": torch.erfinv,
+    "exp": torch.exp,
+    "exp10": lambda x: torch.pow(10.0, x),
+    "exp2": torch.exp2,
+    "expm1": torch.expm1,
+    "fdim": lambda a, b: torch.clamp(a - b, min=0),
+    "fdividef": torch.div,
+    "fast_div": torch.div,
+    "floor": torch.floor,
+    "fma": fused_multiply_add,
+    "fma_rn": fused_multiply_add,
+    "fmax": torch.fmax,
+    "fmin": torch.fmin,
+    "fmod": torch.fmod,
+    "hypot": torch.hypot,
+    "isnan": torch.isnan,
+    "isinf": torch.isinf,
+    "isfinited": torch.isfinite,
+    "finite": torch.isfinite,
+    "lgamma": torch.lgamma,
+    "log": torch.log,
+    "log10": torch.log10,
+    "log1p": torch.log1p,
+    "log2": torch.log2,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "nearbyint": torch.round,
+    "pow": torch.pow,
+    "rcp_rn": torch.reciprocal,
+    "rint": torch.round,
+    "llrint": torch.round,
+    "rsqrt": torch.rsqrt,
+    "rsqrt_rn": torch.rsqrt,
+    "saturate": lambda x: torch.nan_to_num(x, nan=0.0).clamp(0, 1),
+    "signbit": torch.signbit,
+    "sin": torch.sin,
+    "sinh": torch.sinh,
+    "sqrt": torch.sqrt,
+    "sqrt_rn": torch.sqrt,
+    "tan": torch.tan,
+    "tanh": torch.tanh,
+    "tgamma": lambda x: torch.exp(torch.lgamma(x)),
+    "trunc": torch.trunc,
     "round": lambda x: torch.trunc(x + torch.copysign(torch.full_like(x, 0.5), x)),
-}  # fmt: skip
+}
 
 _SYMBOL = re.compile(r"^(?:__nv_|__ocml_|__triton_hip_)?(?:fast_)?(.*?)(?:_f16|_f32|_f64)?$")
 
@@ -77,12 +123,31 @@ def _shift_right(a: Tensor, b: Tensor) -> Tensor:
 # PTX instructions without their type suffixes and modifiers (`approx`, `ftz`, `rn`), by the operation they
 # compute. bfloat16 and float16 variants round their result to the IR type afterwards.
 PTX: dict[str, Callable[..., Tensor]] = {
-    "ex2": torch.exp2, "lg2": torch.log2, "tanh": torch.tanh, "rcp": torch.reciprocal, "rsqrt": torch.rsqrt,
-    "sqrt": torch.sqrt, "sin": torch.sin, "cos": torch.cos, "abs": torch.abs, "neg": torch.neg,
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "fma": fused_multiply_add,
-    "max": torch.fmax, "min": torch.fmin, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
-    "not": torch.bitwise_not, "shl": _shift_left, "shr": _shift_right, "mov": lambda x: x,
-}  # fmt: skip
+    "ex2": torch.exp2,
+    "lg2": torch.log2,
+    "tanh": torch.tanh,
+    "rcp": torch.reciprocal,
+    "rsqrt": torch.rsqrt,
+    "sqrt": torch.sqrt,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "fma": fused_multiply_add,
+    "max": torch.fmax,
+    "min": torch.fmin,
+    "and": torch.bitwise_and,
+    "or": torch.bitwise_or,
+    "xor": torch.bitwise_xor,
+    "not": torch.bitwise_not,
+    "shl": _shift_left,
+    "shr": _shift_right,
+    "mov": lambda x: x,
+}
 _MODIFIERS = frozenset(
     {
         "approx",
@@ -107,7 +172,7 @@ _ROUND = {"rni": torch.round, "rzi": torch.trunc, "rmi": torch.floor, "rpi": tor
 
 
 def _ptx_function(instruction: str) -> Callable[..., Tensor] | None:
-    """The function of an opcode such as `ex2.approx.ftz.f32`; None where it is not a plain element-wise one."""
+    """The function of an opcode such as `ex2.approx.ftz.f32`; None where it is not element by element."""
     name, *modifiers = instruction.split(".")
     if name == "cvt" and modifiers and modifiers[0] in _ROUND:
         return _ROUND[modifiers[0]]
@@ -123,7 +188,7 @@ def _ptx_function(instruction: str) -> Callable[..., Tensor] | None:
 
 @prepares("tt.elementwise_inline_asm")
 def _inline_asm(op: Op, low: Lowering) -> Run:
-    """Straight-line assembly of single-assignment element-wise instructions over the operands and PTX registers."""
+    """Straight-line assembly of element-wise instructions over the operands and PTX registers."""
     source = op.attributes.get("string0", "")
     cleaned = re.sub(r"\\0A|\\09|\\n|\\t", " ", source)
     cleaned = re.sub(r"//[^;]*|/\*.*?\*/", " ", cleaned)
@@ -145,7 +210,8 @@ def _inline_asm(op: Op, low: Lowering) -> Run:
         known = ", ".join(sorted(PTX))
         raise low.unsupported(
             op,
-            f"the inline assembly {source!r} is not a sequence of plain element-wise PTX instructions ({known}; pack 1)",
+            f"the inline assembly {source!r} is not a sequence of plain element-wise PTX instructions "
+            f"({known}; pack 1)",
         )
     outputs = [kind.dtype for kind in op.result_types]
 
@@ -179,7 +245,8 @@ def _assert(op: Op, low: Lowering) -> Run:
             first = (~full(condition, shape)).nonzero()[0].tolist()
             where = context.coordinates(first[0])
             raise AssertionError(
-                f"device_assert in kernel {context.kernel} at {op.location}, program {where}, element {tuple(first[1:])}: {message}"
+                f"device_assert in kernel {context.kernel} at {op.location}, program {where}, "
+                f"element {tuple(first[1:])}: {message}"
             )
         return ()
 
@@ -201,11 +268,18 @@ def _print(op: Op, low: Lowering) -> Run:
 
 
 @prepares(
-    "ttg.barrier", "gpu.barrier", "tt.debug_barrier", "ttg.local_barrier", "llvm.intr.assume", "tt.grid_dependency_wait",
-    "tt.grid_dependency_launch_dependents", "ttng.fence", pure=False,
-)  # fmt: skip
+    "ttg.barrier",
+    "gpu.barrier",
+    "tt.debug_barrier",
+    "ttg.local_barrier",
+    "llvm.intr.assume",
+    "tt.grid_dependency_wait",
+    "tt.grid_dependency_launch_dependents",
+    "ttng.fence",
+    pure=False,
+)
 def _nothing(op: Op, low: Lowering) -> Run:
-    """Barriers within a program, and hints to the optimiser: nothing to do where programs run in lock step."""
+    """Barriers within a program, and hints to the optimiser: nothing to do in lock step."""
     return lambda *_: ()
 
 

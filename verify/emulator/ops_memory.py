@@ -38,7 +38,7 @@ def _int_to_ptr(op: Op, low: Lowering) -> Run:
 
 
 def undefined(dtype: torch.dtype) -> Tensor:
-    """What a masked-out element without `other` holds under `undefined_is_nan`: NaN, or a large odd integer."""
+    """What masked-out elements without `other` hold under `undefined_is_nan`: NaN, or a large odd integer."""
     if dtype.is_floating_point:
         return torch.tensor([float("nan")]).to(dtype)
     if dtype == torch.bool:

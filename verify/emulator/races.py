@@ -14,7 +14,7 @@ from attnproof.emulator.memory import Site
 
 
 def note_store(context: Context, access: Access, value: Tensor, site: Site) -> None:
-    """Record who writes the elements of a store, before it happens, and report where another program's value differs.
+    """Record who writes the elements of a store, before it happens; report programs that disagree.
 
     Raises RaceFault under `races="raise"`, warns under `races="warn"`.
     """
@@ -45,8 +45,9 @@ def note_store(context: Context, access: Access, value: Tensor, site: Site) -> N
         other = int(earlier[at]) if bool(clash[at]) else int(final[at])
         name = access.buffer.names[0]
         message = (
-            f"kernel {context.kernel}, {site.op} at {site.location}: programs {int(programs[at]) - 1} and {other - 1} "
-            f"(linear numbers) store different values to element {int(index[at]) - name[1] // access.size} of {name[0]!r}"
+            f"kernel {context.kernel}, {site.op} at {site.location}: programs {int(programs[at]) - 1} "
+            f"and {other - 1} (linear numbers) store different values to element "
+            f"{int(index[at]) - name[1] // access.size} of {name[0]!r}"
         )
         if context.settings.races == "raise":
             raise RaceFault(message)

@@ -1,4 +1,4 @@
-"""What surrounds a launch: fresh tensors full of NaN, and a torch.cuda that answers as the emulated GPU would."""
+"""What surrounds a launch: fresh tensors full of NaN, a torch.cuda that answers as the emulated GPU would."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ class Parser:
 
     @staticmethod
     def _bind(op: Op, header: str) -> None:
-        """Loop variables and loop-carried names of the custom scf formats become arguments of the entry block."""
+        """Loop variables and carried names of the custom scf formats become arguments of the entry block."""
         entry = op.regions[0].blocks[0] if op.regions[0].blocks else Block("", [])
         if op.name == "scf.for":
             variable = re.match(r"scf\.for (?:unsigned )?(%[\w$.\-]+) =", header)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Target:
-    """One GPU: Triton's target triple, the device number that keeps its kernels apart, the properties of a board."""
+    """One GPU: Triton's target triple, a device number that keeps its kernels apart, a board's properties."""
 
     name: str
     board: str

