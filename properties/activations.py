@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.nn import functional
 
 __all__ = ["INSTALL", "Activations", "activations", "available", "encode"]
 
@@ -112,12 +112,12 @@ def _keep(whole: NDArray[np.int32], file: Path) -> None:
 def encode(sentence: str) -> torch.Tensor:
     """The model's embedding of a sentence, (384,) float64 of length 1: the mean of its last hidden states."""
     hidden, _ = _forward(_framed(_token_ids(sentence)[: _SEGMENT - 2]))
-    return F.normalize(hidden.mean(dim=0), dim=0)
+    return functional.normalize(hidden.mean(dim=0), dim=0)
 
 
 @lru_cache(maxsize=1)
 def _weights() -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file  # noqa: PLC0415  (optional)
+    from safetensors.torch import load_file
 
     weights: dict[str, torch.Tensor] = load_file(_model() / "model.safetensors")
     return {name: value if "word" in name else value.double() for name, value in weights.items()}
@@ -132,7 +132,7 @@ def _model() -> Path:
 
 def _token_ids(text: str) -> list[int]:
     model = _model()
-    from tokenizers import Tokenizer  # noqa: PLC0415  (optional)
+    from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.no_truncation()
@@ -151,11 +151,11 @@ def _forward(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch
     weights = _weights()
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
         name = f"{name}.LayerNorm"
-        return F.layer_norm(
+        return functional.layer_norm(
             x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], _LAYER_NORM_EPS
         )
 
@@ -176,7 +176,7 @@ def _forward(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch
         hidden = layer_norm(
             hidden + linear(attended, f"{layer}.attention.output.dense"), f"{layer}.attention.output"
         )
-        inner = F.gelu(linear(hidden, f"{layer}.intermediate.dense"))
+        inner = functional.gelu(linear(hidden, f"{layer}.intermediate.dense"))
         hidden = layer_norm(hidden + linear(inner, f"{layer}.output.dense"), f"{layer}.output")
     q, k, v = (torch.stack(part) for part in zip(*taken, strict=True))
     return hidden, (q, k, v)

@@ -182,7 +182,7 @@ def make_inputs(case: Case) -> Inputs:
         CaseError: for a regime that does not exist, or has no inputs for this family, dtype or options.
     """
     # Regimes are imported here because the planner beside them is written in terms of cases.
-    from attnproof.properties.regimes import REGIMES  # noqa: PLC0415
+    from attnproof.properties.regimes import REGIMES
 
     regime = REGIMES.get(case.regime)
     if regime is None:

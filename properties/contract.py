@@ -1,8 +1,9 @@
-"""What a kernel promises: plain data that stands beside the kernel, in a configuration file or on a command line.
+"""What a kernel promises: plain data beside the kernel, in a configuration file or on a command line.
 
-A :class:`Contract` says which family a kernel computes, which keywords it supports and how it behaves at the edges;
-its :class:`Precision` says where it rounds. Every budget follows from these declarations, so a declaration is the
-only way to widen one. Nothing here imports torch: kernels may import this module and nothing else of the suite.
+A :class:`Contract` says which family a kernel computes, which keywords it supports and how it behaves at the
+edges; its :class:`Precision` says where it rounds. Every budget follows from these declarations, so a
+declaration is the only way to widen one. Nothing here imports torch: kernels may import this module and
+nothing else of the suite.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ContractError(ValueError):
-    """A call, a declaration or a result that the contract does not allow; the message names the argument and the rule."""
+    """A call, a declaration or a result that the contract does not allow.
+
+    The message names the argument and the rule.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,8 @@ class Precision:
         accumulate: accumulation of sums and matmuls: a dtype, or "truncated" for float32 accumulation that
             aligns and truncates as tensor cores do.
         scores: storage of scores before the softmax.
-        exp_ulp: error of exp, exp2 and log in units in the last place, the argument's own rounding not included.
+        exp_ulp: error of exp, exp2 and log in units in the last place, the argument's own rounding not
+            included.
         probabilities: storage of P before the second matmul.
         dscores: storage of dS and dP in a backward pass.
         lse: storage of the log-sum-exp.
@@ -54,7 +59,7 @@ class Precision:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        allowed = {name: _STORAGE for name in ("scores", "probabilities", "dscores", "lse", "state", "output")}
+        allowed = dict.fromkeys(("scores", "probabilities", "dscores", "lse", "state", "output"), _STORAGE)
         allowed["matmul_input"] = ("ieee", *_STORAGE)
         allowed["accumulate"] = ("truncated", "float64", "float32", "bfloat16", "float16")
         for name, choices in allowed.items():
@@ -62,7 +67,9 @@ class Precision:
             if value is not None and value not in choices:
                 raise ContractError(f"precision {name}={value!r}: expected one of {', '.join(choices)}")
         if self.exp_ulp is not None and not 0 < self.exp_ulp < 2**20:
-            raise ContractError(f"precision exp_ulp={self.exp_ulp!r}: expected a positive number of ulps below 2**20")
+            raise ContractError(
+                f"precision exp_ulp={self.exp_ulp!r}: expected a positive number of ulps below 2**20"
+            )
 
     def resolved(self, dtype: str) -> Precision:
         """This precision with every default filled in for inputs of ``dtype`` (a name of :data:`DTYPES`)."""
@@ -70,7 +77,7 @@ class Precision:
             raise ContractError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
         wide = "float64" if dtype == "float64" else "float32"
         narrow = dtype in ("float16", "bfloat16")
-        defaults = {
+        defaults: dict[str, Any] = {
             "matmul_input": dtype if narrow else "ieee",
             "accumulate": wide,
             "scores": wide,
@@ -82,7 +89,9 @@ class Precision:
             "output": dtype,
         }
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Precision(**{name: defaults[name] if value is None else value for name, value in given.items()})
+        return Precision(
+            **{name: defaults[name] if value is None else value for name, value in given.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +115,7 @@ class Supports:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """All that a kernel promises. The defaults are the strictest promises except for ``options`` (none supported)."""
+    """All that a kernel promises. The defaults are the strictest promises, with no options supported."""
 
     family: str
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")

@@ -1,7 +1,7 @@
 """Certified references: the cheapest arithmetic whose radius is small enough, row by row.
 
-Float64 enclosures come first; the rows whose radius exceeds what is asked, and only they, are evaluated again in Arb
-with rising precision until every element is certified.
+Float64 enclosures come first; the rows whose radius exceeds what is asked, and only they, are evaluated again
+in Arb with rising precision until every element is certified.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["PRECISIONS", "CertificationError", "certify", "evaluate", "reference
 
 Targets = Callable[[Mapping[str, Enclosure]], Mapping[str, torch.Tensor]]
 
-# Bits of the Arb stages. 128 covers sums of float32 numbers of any ordinary size; float32 logits near 1e38 lose 127
-# bits to their size before the exponential, and float64 inputs up to 1024 + 1074.
+# Bits of the Arb stages. 128 covers sums of float32 numbers of any ordinary size; float32 logits near 1e38
+# lose 127 bits to their size before the exponential, and float64 inputs up to 1024 + 1074.
 PRECISIONS = (128, 256, 512, 1280, 2560, 5120)
 _SMALLEST = 2.0**-149
 _DEFAULT_RELATIVE = 2.0**-40
@@ -35,7 +35,7 @@ class CertificationError(RuntimeError):
 
 
 def evaluate(problem: Problem, arithmetic: Arithmetic[Any], gauges: bool = False) -> dict[str, Enclosure]:
-    """All outputs of a problem (and their gauges) as enclosures of the outputs' shapes, limits such as −∞ put in."""
+    """All outputs of a problem (and gauges) as enclosures of the outputs' shapes, limits put in."""
     result = {}
     for name, value in problem.evaluate(arithmetic, gauges).items():
         output = name.removeprefix("gauge:")
@@ -56,7 +56,8 @@ def certify(problem: Problem, targets: Targets) -> Reference:
 
     Args:
         problem: rows that see non-finite inputs are left as the float64 stage gives them.
-        targets: from the reference so far (gauges included) to the largest allowed radius of each output's elements.
+        targets: from the reference so far (gauges included) to the largest allowed radius of each output's
+            elements.
 
     Raises:
         CertificationError: if the largest precision did not suffice.
@@ -91,7 +92,9 @@ def _uncertified(
     return rows & ~problem.undetermined()
 
 
-def _put(problem: Problem, found: dict[str, Enclosure], part: Mapping[str, Enclosure], index: torch.Tensor) -> None:
+def _put(
+    problem: Problem, found: dict[str, Enclosure], part: Mapping[str, Enclosure], index: torch.Tensor
+) -> None:
     """Write the rows of ``part`` at the flat row positions ``index`` of ``found``, in place."""
     rows, count = len(index), math.prod(problem.row_shape)
     for name, enclosure in part.items():
@@ -114,9 +117,11 @@ def reference(
         tensors: the positional tensors of the call in layout bhnd, float16 to float64; taken exactly.
         arithmetic: "auto" certifies each element to 2⁻⁴⁰ of its gauge (Σ p|v| for attention, |y| + 1 for a
             log-sum-exp) or 2⁻¹⁴⁹, whichever is larger, by the cheapest means; "float64", "arb" (128 bits) and
-            "mpmath" (50 digits, whose radius is an estimate) evaluate once and give the radius that comes out.
-        tolerance: with "auto", a relative accuracy (of the value) that is also asked, or a table with "relative" and
-            "absolute" of which the larger counts. Below 2⁻⁵², what float64 can carry, it cannot be met.
+            "mpmath" (50 digits, whose radius is an estimate) evaluate once and give the radius that comes
+            out.
+        tolerance: with "auto", a relative accuracy (of the value) that is also asked, or a table with
+            "relative" and "absolute" of which the larger counts. Below 2⁻⁵², what float64 can carry, it
+            cannot be met.
         options: keywords of the call, and ``causal_alignment``.
 
     Returns:
@@ -133,7 +138,9 @@ def reference(
         outputs: Mapping[str, Enclosure] = certify(problem, _targets(problem, tolerance)).outputs
     else:
         if tolerance is not None:
-            raise ContractError(f"tolerance={tolerance!r} is met by arithmetic='auto' only, not {arithmetic!r}")
+            raise ContractError(
+                f"tolerance={tolerance!r} is met by arithmetic='auto' only, not {arithmetic!r}"
+            )
         chosen: dict[str, Arithmetic[Any]] = {
             "mpmath": MpmathArithmetic(),
             "arb": ArbArithmetic(PRECISIONS[0]),
@@ -148,7 +155,9 @@ def reference(
 def _without(enclosure: Enclosure, unknown: torch.Tensor) -> Enclosure:
     """NaN of infinite radius in rows that see a non-finite input."""
     where = broadcast_mask(unknown, tuple(enclosure.value.shape))
-    return Enclosure(enclosure.value.masked_fill(where, torch.nan), enclosure.radius.masked_fill(where, torch.inf))
+    return Enclosure(
+        enclosure.value.masked_fill(where, torch.nan), enclosure.radius.masked_fill(where, torch.inf)
+    )
 
 
 def _targets(problem: Problem, tolerance: float | Mapping[str, float] | None) -> Targets:
@@ -159,10 +168,18 @@ def _targets(problem: Problem, tolerance: float | Mapping[str, float] | None) ->
     else:
         table = {"relative": tolerance}
     for key, value in table.items():
-        if key not in ("relative", "absolute") or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ContractError(f"tolerance {key}={value!r}: expected positive 'relative' and 'absolute' numbers")
+        if (
+            key not in ("relative", "absolute")
+            or not isinstance(value, (int, float))
+            or not 0 < value < float("inf")
+        ):
+            raise ContractError(
+                f"tolerance {key}={value!r}: expected positive 'relative' and 'absolute' numbers"
+            )
     if 0 < table.get("relative", 1.0) < 2.0**-52 and "absolute" not in table:
-        raise ContractError(f"tolerance={tolerance!r} is below 2**-52, finer than the float64 value that carries it")
+        raise ContractError(
+            f"tolerance={tolerance!r} is below 2**-52, finer than the float64 value that carries it"
+        )
 
     def asked(found: Mapping[str, Enclosure]) -> dict[str, torch.Tensor]:
         targets = {}
@@ -170,7 +187,9 @@ def _targets(problem: Problem, tolerance: float | Mapping[str, float] | None) ->
             size = found[output].value.abs().nan_to_num(posinf=0.0)
             target = (_DEFAULT_RELATIVE * problem.gauge(output, found)).clamp(min=_SMALLEST)
             if table:
-                finer = torch.maximum(size * table.get("relative", 0.0), torch.tensor(table.get("absolute", 0.0)))
+                finer = torch.maximum(
+                    size * table.get("relative", 0.0), torch.tensor(table.get("absolute", 0.0))
+                )
                 target = torch.minimum(target, finer.clamp(min=_SMALLEST))
             targets[output] = target
         return targets

@@ -1,1 +1,1 @@
-
+"""The record of a run, and everything that renders it."""

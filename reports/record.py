@@ -1,8 +1,8 @@
 """The record of a run: one JSON line an event, in a versioned schema that every report is rendered from.
 
-A record begins with :class:`RunStarted`; it is complete when it ends with :class:`RunFinished`. Lines are written
-whole and flushed, so that an interrupted run stays readable up to its last event. Numbers that are not finite are
-written as the strings "nan", "inf", "-inf" (JSON has no others).
+A record begins with :class:`RunStarted`; it is complete when it ends with :class:`RunFinished`. Lines are
+written whole and flushed, so that an interrupted run stays readable up to its last event. Numbers that are
+not finite are written as the strings "nan", "inf", "-inf" (JSON has no others).
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ class Failure(msgspec.Struct, frozen=True):
     """One broken rule in one case.
 
     Attributes:
-        rule: "certain", "probable-row", "probable-output", "bias", "nonfinite", "empty-row", "shape", "mutation",
-            "aliasing", "determinism", "exception", "crash", "timeout", "memory", "output-flood", ...
+        rule: "certain", "probable-row", "probable-output", "bias", "nonfinite", "empty-row", "shape",
+            "mutation", "aliasing", "determinism", "exception", "crash", "timeout", "memory", "output-flood",
+            ...
         reason: in words: row, key positions that matter, expected value with radius, got, error over budget.
         output: the output concerned, or "".
         index: its position in that output, or empty.
@@ -125,7 +126,7 @@ class RunStarted(msgspec.Struct, frozen=True, tag="run-started"):
 
 
 class KernelStarted(msgspec.Struct, frozen=True, tag="kernel-started"):
-    """A kernel comes under judgement. ``expected`` maps "dtype/regime" patterns to the verdict listed for them."""
+    """A kernel comes under judgement; an ``example`` is a naive variant that must be found out."""
 
     kernel: str
     target: str
@@ -158,7 +159,10 @@ class CaseJudged(msgspec.Struct, frozen=True, tag="case-judged"):
 
 
 class KernelJudged(msgspec.Struct, frozen=True, tag="kernel-judged"):
-    """The verdict on a kernel over all its cases; ``as_expected`` says whether every case came out as listed."""
+    """The verdict on a kernel over all its cases.
+
+    ``as_expected`` says whether every case came out as listed.
+    """
 
     kernel: str
     verdict: str
@@ -200,7 +204,7 @@ class Finding(msgspec.Struct, frozen=True, tag="finding"):
 
 
 class RunFinished(msgspec.Struct, frozen=True, tag="run-finished"):
-    """Last event: the verdict of the run and its exit code (0 PASS, 1 FAIL or DRIFT, 2 usage, 3 UNVERIFIED)."""
+    """Last event: verdict and exit code of the run (0 PASS, 1 FAIL or DRIFT, 2 usage, 3 UNVERIFIED)."""
 
     verdict: str
     exit_code: int
@@ -285,8 +289,11 @@ def _revive(value: Any, key: str = "") -> Any:
 
 
 _NUMERIC = frozenset(
-    "worst_certain worst_probable row_probable rms_probable bias certain_reach logit_magnitude expected radius got "
-    "ratio seconds kernel_seconds columns scale softcap".split()
+    (
+        *("worst_certain", "worst_probable", "row_probable", "rms_probable", "bias", "certain_reach"),
+        *("logit_magnitude", "expected", "radius", "got", "ratio", "seconds", "kernel_seconds"),
+        *("columns", "scale", "softcap"),
+    )
 )
 
 

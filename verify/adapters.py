@@ -19,5 +19,5 @@ assert _SPLIT is not None
 def attention_split_in_three(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``attention_split`` with three splits however few keys there are, so that small cases merge, empty splits too."""
+    """``attention_split`` with three splits however few keys there are, so that small cases merge too."""
     return attention_split(q, k, v, splits=3, **options)

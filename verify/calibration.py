@@ -1,9 +1,10 @@
 """Thresholds of the probable budget, fitted to correct implementations and validated on others.
 
-``python -m attnproof.calibration`` (nox session ``calibrate``) judges thousands of cases, fits the upper tail of each
-statistic and writes three files of package data: the record, the thresholds, and what the report plots. A threshold
-is where an exponential tail, fitted to the logarithms above their 80 % quantile with a scale two standard errors too
-large, leaves one case in a million. Implementations marked for validation take no part in the fit: they are counted.
+``python -m attnproof.calibration`` (nox session ``calibrate``) judges thousands of cases, fits the upper tail
+of each statistic and writes three files of package data: the record, the thresholds, and what the report
+plots. A threshold is where an exponential tail, fitted to the logarithms above their 80 % quantile with a
+scale two standard errors too large, leaves one case in a million. Implementations marked for validation take
+no part in the fit: they are counted.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def _statistics(event: CaseJudged) -> list[tuple[str, tuple[float, float, float]
     case = event.case
     for name, numbers in event.outputs.items():
         if numbers.judged and numbers.rms_probable > 0.0:
-            key = threshold_key(case.family, name, case.dtype, case.regime_class, _width(case.shape, name, case.family))
+            key = threshold_key(
+                case.family, name, case.dtype, case.regime_class, _width(case.shape, name, case.family)
+            )
             found.append((key, (numbers.row_probable, numbers.rms_probable, abs(numbers.bias))))
     return found
 
@@ -110,7 +113,7 @@ def _width(shape: Mapping[str, int], output: str, family: str) -> int:
 
 
 def alarms(events: Iterable[CaseJudged], thresholds: Mapping[str, Thresholds]) -> dict[str, Alarms]:
-    """By implementation, cases and those beyond a threshold or a certain budget (the bias counted by size alone)."""
+    """By implementation, cases and those beyond a threshold or a certain budget (bias by size alone)."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for event in events:
         if event.verdict == "DECLINED":
@@ -142,6 +145,7 @@ def plans(targets: Sequence[str], cases: int, seed: int) -> list[tuple[Subject, 
                 dtypes=contract.dtypes,
                 options=contract.options,
                 supports=contract.supports,
+                causal_alignment=contract.causal_alignment,
                 budget=min(cases, 200),
                 seed=seed + batch,
             )
@@ -194,7 +198,7 @@ def summary(
         status="SUPPORTED" if false == 0 else "REFUTED",
         statement="No healthy implementation exceeds a threshold: estimated at most 1e-6 a case.",
         source="nox -s calibrate; record in verify/data/calibration.jsonl.gz",
-        evidence=f"{false} alarms in {total} cases, {validation} of them on implementations that took no part in the fit",
+        evidence=f"{false} alarms in {total} cases, {validation} of them by implementations not in the fit",
         series=(histogram, table),
     )
 
@@ -209,10 +213,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the calibration; exit code 1 if a healthy implementation would be accused."""
     parser = argparse.ArgumentParser(prog="python -m attnproof.calibration", description=__doc__)
     parser.add_argument("--cases", type=int, default=400, help="cases for each implementation")
-    parser.add_argument("--seed", type=int, default=1000, help="first seed; apart from those of ordinary runs")
+    parser.add_argument(
+        "--seed", type=int, default=1000, help="first seed; apart from those of ordinary runs"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="judge processes")
-    parser.add_argument("--into", type=Path, default=Path(__file__).parent / "data", help="folder of the results")
-    parser.add_argument("--check", action="store_true", help="hold the stored thresholds against new cases; write nothing")
+    parser.add_argument(
+        "--into", type=Path, default=Path(__file__).parent / "data", help="folder of the results"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="hold the stored thresholds against new cases; write nothing"
+    )
     chosen = parser.parse_args(arguments)
     planned = plans((*FIT, *VALIDATION), chosen.cases, chosen.seed)
     events = []
@@ -220,7 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(event, CaseJudged):
             events.append(event)
             if len(events) % 100 == 0:
-                print(f"{len(events)} of {sum(len(cases) for _, cases in planned)} cases", file=sys.stderr, flush=True)
+                print(
+                    f"{len(events)} of {sum(len(cases) for _, cases in planned)} cases",
+                    file=sys.stderr,
+                    flush=True,
+                )
     held = {target.partition(":")[2] for target in VALIDATION}
     fit_events = [event for event in events if event.kernel not in held]
     held_out = [event for event in events if event.kernel in held]
@@ -233,13 +247,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finding = summary(fit_events, held_out, thresholds)
     if not chosen.check:
         chosen.into.mkdir(parents=True, exist_ok=True)
-        (chosen.into / "thresholds.json").write_bytes(msgspec.json.format(msgspec.json.encode(thresholds)) + b"\n")
-        (chosen.into / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(finding)) + b"\n")
+        (chosen.into / "thresholds.json").write_bytes(
+            msgspec.json.format(msgspec.json.encode(thresholds)) + b"\n"
+        )
+        (chosen.into / "calibration.json").write_bytes(
+            msgspec.json.format(msgspec.json.encode(finding)) + b"\n"
+        )
         with gzip.GzipFile(chosen.into / "calibration.jsonl.gz", "wb", mtime=0) as file:
             file.writelines(encode_event(event) for event in events)
     for event in events:
         if event.verdict in ("FAIL", "UNVERIFIED"):
-            print(event.kernel, event.case.id, *(failure.reason for failure in event.failures[:1]), sep="\n  ")
+            print(
+                event.kernel, event.case.id, *(failure.reason for failure in event.failures[:1]), sep="\n  "
+            )
     print(f"{finding.status}: {finding.evidence}; {len(thresholds)} thresholds")
     return 0 if finding.status == "SUPPORTED" else 1
 

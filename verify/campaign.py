@@ -1,7 +1,8 @@
 """Campaigns: many cases through many kernels, spread over judge processes, told as a stream of events.
 
-Each job is a judge process with a worker process of its own for the kernel at hand, so that certifying references and
-running kernels proceed side by side on all cores. Events reach the caller in the order in which they happen.
+Each job is a judge process with a worker process of its own for the kernel at hand, so that certifying
+references and running kernels proceed side by side on all cores. Events reach the caller in the order in
+which they happen.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ __all__ = ["Campaign", "Limits", "judge_kernel", "worst_verdict"]
 _DECLINED_SHARE = 0.5
 _VACUOUS_SHARE = 0.2
 _ORDER = ("PASS", "UNVERIFIED", "DRIFT", "FAIL")
+# Regimes that the reason of a verdict names; the others are in the record.
+_TOLD = 4
 # Cases that one judge process takes at a time: starting a worker for a kernel costs seconds.
 _UNIT = 60
 
@@ -80,7 +83,7 @@ class Campaign:
     seconds: float | None = None
 
     def run(self) -> Iterator[Event]:
-        """Judge everything; the last event is :class:`RunFinished` unless the caller stops listening before."""
+        """Judge everything; the last event is :class:`RunFinished` unless the caller stops before."""
         begun = time.perf_counter()
         yield self._started()
         yield from self.findings
@@ -128,7 +131,9 @@ class Campaign:
         ]
         units.reverse()
         context = multiprocessing.get_context("spawn")
-        jobs = [_Job(context, self.limits) for _ in range(max(1, min(self.jobs, len(units))))]
+        # A worker is started ahead only where another kernel follows.
+        spares = int(len(self.plan) > 1)
+        jobs = [_Job(context, self.limits, spares) for _ in range(max(1, min(self.jobs, len(units))))]
         try:
             for job in jobs:
                 job.next_unit(units)
@@ -149,15 +154,17 @@ class Campaign:
 class _Job:
     """The caller's end of one judge process."""
 
-    def __init__(self, context: Any, limits: Limits) -> None:
-        self._context, self._limits = context, limits
+    def __init__(self, context: Any, limits: Limits, spares: int) -> None:
+        self._context, self._limits, self._spares = context, limits, spares
         self.pending: list[Case] = []
         self._subject: Subject | None = None
         self._start()
 
     def _start(self) -> None:
         self.connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_judge_process, args=(theirs, self._limits), daemon=False)
+        self._process = self._context.Process(
+            target=_judge_process, args=(theirs, self._limits, self._spares)
+        )
         self._process.start()
         theirs.close()
 
@@ -165,7 +172,9 @@ class _Job:
         """Take the next unit, one of the same kernel if there is one."""
         if not units:
             return
-        same = [i for i, (subject, _) in enumerate(units) if self._subject and subject.name == self._subject.name]
+        same = [
+            i for i, (subject, _) in enumerate(units) if self._subject and subject.name == self._subject.name
+        ]
         self._subject, self.pending = units.pop(same[-1] if same else -1)
         self.connection.send((self._subject, self.pending))
         self.pending = list(self.pending)
@@ -203,10 +212,10 @@ def _ready(jobs: Sequence[_Job]) -> list[_Job]:
     return [by_connection[connection] for connection in multiprocessing.connection.wait(list(by_connection))]
 
 
-def _judge_process(connection: Connection, limits: Limits) -> None:
+def _judge_process(connection: Connection, limits: Limits, spares: int) -> None:
     """Judge units that arrive until the other end closes."""
     torch.set_num_threads(1)
-    with WorkerPool(jobs=1, timeout=limits.timeout, memory_limit=limits.memory) as pool:
+    with WorkerPool(jobs=1, spares=spares, timeout=limits.timeout, memory_limit=limits.memory) as pool:
         try:
             while True:
                 subject, cases = connection.recv()
@@ -217,11 +226,14 @@ def _judge_process(connection: Connection, limits: Limits) -> None:
 
 
 def judge_kernel(subject: Subject, cases: Sequence[CaseJudged]) -> KernelJudged:
-    """The verdict on a kernel: PASS if nothing failed or stayed unverified and at most 20 % of its cases are vacuous.
+    """The verdict on a kernel: PASS if nothing failed or stayed unverified and ≤ 20 % of cases are vacuous.
 
-    An example is as expected when it FAILs in every case in which theory says so, in at least one, and in no other.
+    An example is as expected when it FAILs in every case in which theory says so, in at least one, and in no
+    other.
     """
-    counts = {verdict: sum(c.verdict == verdict for c in cases) for verdict in ("FAIL", "UNVERIFIED", "DECLINED")}
+    counts = {
+        verdict: sum(c.verdict == verdict for c in cases) for verdict in ("FAIL", "UNVERIFIED", "DECLINED")
+    }
     tried = [c for c in cases if c.verdict != "DECLINED"]
     vacuous = sum(any(reason.startswith("accuracy") for reason in c.vacuous) for c in tried)
     declined = counts["DECLINED"]
@@ -259,7 +271,9 @@ def _unexpected(cases: Sequence[CaseJudged]) -> list[str]:
     for case in cases:
         if case.verdict in ("PASS", "FAIL") and case.verdict != case.expected:
             missed[f"{case.case.regime}/{case.case.dtype} {case.verdict} where {case.expected} is due"] += 1
-    return [f"{words} ({count} cases)" for words, count in sorted(missed.items())]
+    told = [f"{words} ({count} cases)" for words, count in sorted(missed.items())]
+    more = len(told) - _TOLD
+    return told if more <= 0 else [*told[:_TOLD], f"and {more} more regimes"]
 
 
 def _kernel_started(subject: Subject, planned: int) -> KernelStarted:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 Handler = Callable[[Event], None]
 DEFAULT_PAGE = Path("reports/out/index.html")
+_WIDTH = 120  # of a log, where there is no terminal
 
 
 class UsageError(ValueError):
@@ -57,19 +59,34 @@ def _root() -> None:
 @app.command()
 def verify(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Kernels as package.module:attribute; the suite's own if none are given.")
+        list[str] | None,
+        typer.Argument(help="Kernels as package.module:attribute; the suite's own if none are given."),
     ] = None,
-    family: Annotated[list[str] | None, typer.Option(help="Only these families; with TARGETS, their family.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Only these families; with TARGETS, their family.")
+    ] = None,
     dtypes: Annotated[str | None, typer.Option(help="Comma-separated, such as float16,bfloat16.")] = None,
-    options: Annotated[str | None, typer.Option(help="Options that TARGETS support, comma-separated.")] = None,
+    options: Annotated[
+        str | None, typer.Option(help="Options that TARGETS support, comma-separated.")
+    ] = None,
     declare: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the contract, for TARGETS.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE of the precision, for TARGETS.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, emulator:sm_90, …; the GPU if there is one.")] = None,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Larger and random cases, for --time seconds.")] = False,
-    time_limit: Annotated[float | None, typer.Option("--time", help="Seconds after which no case is begun.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="FIELD=VALUE of the precision, for TARGETS.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, emulator:sm_90, …; the GPU if there is one.")
+    ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Larger and random cases, for --time seconds.")
+    ] = False,
+    time_limit: Annotated[
+        float | None, typer.Option("--time", help="Seconds after which no case is begun.")
+    ] = None,
     examples: Annotated[int | None, typer.Option(help="Cases for each kernel.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the record (JSON lines) here.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help=f"Write the report here; by default {DEFAULT_PAGE}.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help=f"Write the report here; by default {DEFAULT_PAGE}.")
+    ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
     sarif: Annotated[Path | None, typer.Option("--sarif", help="Write SARIF here.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all inputs.", min=0)] = 0,
@@ -82,7 +99,14 @@ def verify(
     from attnproof.planning import default_plan, findings, target_subjects
 
     chosen = target_subjects(
-        targets or [], family or [], _split(dtypes), _split(options), _pairs(declare), _pairs(precision), device, timeout
+        targets or [],
+        family or [],
+        _split(dtypes),
+        _split(options),
+        _pairs(declare),
+        _pairs(precision),
+        device,
+        timeout,
     )
     plan = default_plan(chosen, seed=seed, thorough=thorough, examples=examples, dtypes=_split(dtypes))
     page = html or DEFAULT_PAGE
@@ -111,7 +135,9 @@ def report(
     html: Annotated[Path | None, typer.Option("--html", help="Write an HTML report here.")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
     sarif: Annotated[Path | None, typer.Option("--sarif", help="Write SARIF here.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of kernels as Markdown.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of kernels as Markdown.")
+    ] = False,
 ) -> None:
     """Render records again: HTML, Markdown, JUnit, SARIF."""
     from attnproof.reports import markdown as markdown_report
@@ -134,6 +160,8 @@ def _run(events: Iterator[Event], record: Path, planned: int, progress: bool) ->
 
     last: Event | None = None
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
     rows: list[KernelJudged] = []
     examples: set[str] = set()
     with RecordWriter(record) as writer, _progress_bar(console, planned, progress) as advance:
@@ -150,7 +178,10 @@ def _run(events: Iterator[Event], record: Path, planned: int, progress: bool) ->
         raise UsageError("the run ended without a verdict")
     console.print(_table(rows, examples))
     colour = {"PASS": "green", "FAIL": "red"}.get(last.verdict, "yellow")
-    console.print(f"[bold {colour}]{last.verdict}[/] in {last.seconds:.0f} s" + (f": {last.reason}" if last.reason else ""))
+    console.print(
+        f"[bold {colour}]{last.verdict}[/] in {last.seconds:.0f} s"
+        + (f": {last.reason}" if last.reason else "")
+    )
     return last
 
 
@@ -170,11 +201,14 @@ def _progress_bar(console: Console, planned: int, shown: bool) -> Iterator[Calla
 
 
 def _table(rows: list[KernelJudged], examples: set[str]) -> Table:
-    table = Table("kernel", "verdict", "as listed", "cases", "failed", "vacuous", "declined", "unverified", "seconds")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("kernel", no_wrap=True)
+    for name in ("verdict", "as expected", "cases", "failed", "vacuous", "declined", "unverified", "seconds"):
+        table.add_column(name, justify="left" if name in ("verdict", "as expected") else "right")
     for row in rows:
         name = f"{row.kernel} (example)" if row.kernel in examples else row.kernel
         counts = (row.cases, row.failed, row.vacuous, row.declined, row.unverified)
-        listed = "yes" if row.as_expected else "NO"
+        listed = "yes" if row.as_expected else "[bold red]NO[/]"
         table.add_row(name, row.verdict, listed, *map(str, counts), f"{row.seconds:.1f}")
     return table
 

@@ -1,4 +1,6 @@
-"""Correct implementations by others' hands, for calibration: plain torch, and torch's own attention on the CPU.
+"""Correct implementations by others' hands, for calibration.
+
+Plain torch, and torch's own attention on the CPU.
 
 None of them shares code with the suite's kernels. What they must declare stands beside each.
 """
@@ -16,7 +18,9 @@ from attnproof.properties.contract import Contract, promises
 __all__ = ["plain_attention", "plain_logsumexp", "plain_softmax_rows", "sdpa_flash", "sdpa_math"]
 
 # 0·NaN in the second matmul: what plain torch does with keys that are masked.
-_LEAKING = Contract(family="softmax", options=("causal", "softcap", "bias", "return_lse"), unseen_nonfinite="may-leak")
+_LEAKING = Contract(
+    family="softmax", options=("causal", "softcap", "bias", "return_lse"), unseen_nonfinite="may-leak"
+)
 
 
 def _mask(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor | None:
@@ -54,7 +58,9 @@ def plain_attention(
     return (o, lse) if return_lse else o
 
 
-def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+def _sdpa(
+    backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> torch.Tensor:
     if not q.numel() or not k.numel() or not v.numel():
         raise NotImplementedError("torch's attention is not called with empty tensors here")
     group = q.shape[1] // k.shape[1]
@@ -74,7 +80,9 @@ def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         raise
 
 
-_SDPA = Contract(family="softmax", options=("causal", "bias"), unseen_nonfinite="may-leak", empty_row="undefined")
+_SDPA = Contract(
+    family="softmax", options=("causal", "bias"), unseen_nonfinite="may-leak", empty_row="undefined"
+)
 
 
 @promises(_SDPA)
@@ -87,7 +95,7 @@ def sdpa_math(
     causal: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torch's attention by its math backend."""
+    """Torch's attention by its math backend."""
     return _sdpa(SDPBackend.MATH, q, k, v, scale=scale, causal=causal, bias=bias)
 
 
@@ -101,7 +109,7 @@ def sdpa_flash(
     causal: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torch's attention by its flash backend for CPUs; cases that it has no kernel for are declined."""
+    """Torch's attention by its flash backend for CPUs; cases that it has no kernel for are declined."""
     return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, scale=scale, causal=causal, bias=bias)
 
 

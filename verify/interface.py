@@ -30,7 +30,8 @@ class CheckResult:
 
     Attributes:
         verdict: "PASS", "FAIL", "UNVERIFIED" or "DECLINED".
-        failures: what is wrong, each with a reason in words; vacuous: why the case could not have told a wrong kernel.
+        failures: what is wrong, each with a reason in words; vacuous: why the case could not have told a
+            wrong kernel.
         event: all that was measured.
     """
 
@@ -47,9 +48,8 @@ class CheckResult:
         lines = [f"{self.verdict}  {self.event.case.id}"]
         lines += [f"  {failure.rule}: {failure.reason}" for failure in self.failures]
         for name, numbers in self.event.outputs.items():
-            lines.append(
-                f"  {name}: worst error/certain {numbers.worst_certain:.3g}, rms error/probable {numbers.rms_probable:.3g}"
-            )
+            worst, rms = numbers.worst_certain, numbers.rms_probable
+            lines.append(f"  {name}: worst error/certain {worst:.3g}, rms error/probable {rms:.3g}")
         lines += [f"  vacuous: {reason}" for reason in self.vacuous]
         return "\n".join(lines)
 
@@ -72,14 +72,18 @@ class VerifyResult:
     @property
     def failures(self) -> tuple[Failure, ...]:
         """The failures of all cases, in order."""
-        return tuple(failure for result in self.results for failure in result.failures if result.verdict == "FAIL")
+        return tuple(
+            failure for result in self.results for failure in result.failures if result.verdict == "FAIL"
+        )
 
     def __bool__(self) -> bool:
         return self.verdict == "PASS"
 
     def __str__(self) -> str:
         bad = [str(result) for result in self.results if result.verdict in ("FAIL", "UNVERIFIED")]
-        return "\n".join([f"{self.verdict}: {len(self.results)} cases; {self.reason or 'nothing failed'}", *bad[:5]])
+        return "\n".join(
+            [f"{self.verdict}: {len(self.results)} cases; {self.reason or 'nothing failed'}", *bad[:5]]
+        )
 
     __repr__ = __str__
 
@@ -98,10 +102,10 @@ def check(
     Args:
         fn: the kernel: a callable, or "package.module:attribute".
         case: a :class:`Case` or its text.
-        contract: what the kernel declares; by default the contract attached to it, else one that supports every
-            option of the case and promises the contract's defaults.
-        device: "cpu", "cuda" or "emulator:sm_80" …; by default the GPU if there is one, else "emulator:sm_90" (in
-            which ordinary torch code runs as well).
+        contract: what the kernel declares; by default the contract attached to it, else one that supports
+            every option of the case and promises the contract's defaults.
+        device: "cpu", "cuda" or "emulator:sm_80" …; by default the GPU if there is one, else "emulator:sm_90"
+            (in which ordinary torch code runs as well).
         isolation: "process", or "none" to run the kernel inside this process for debugging.
         declare: further declarations, as in the contract ("layout", "empty_row", "precision" as a table, …).
 
@@ -150,7 +154,13 @@ def verify(
         raise ContractError(f"examples={examples!r}: expected a positive number of cases")
     chosen = subject.contract
     cases = plan(
-        family, dtypes=chosen.dtypes, options=chosen.options, supports=chosen.supports, budget=examples, seed=seed
+        family,
+        dtypes=chosen.dtypes,
+        options=chosen.options,
+        supports=chosen.supports,
+        causal_alignment=chosen.causal_alignment,
+        budget=examples,
+        seed=seed,
     )
     campaign = Campaign([(subject, cases)], "attnproof.verify", seed=seed, jobs=jobs, limits=Limits(timeout))
     events = [event for event in campaign.run() if isinstance(event, CaseJudged)]
@@ -176,7 +186,9 @@ def make_subject(
     definition = family_of(family)
     if contract is None:
         attached = None if isinstance(fn, str) else contract_of(fn)
-        attached = _contract_of_target(fn) if isinstance(fn, str) and fn.startswith("attnproof.") else attached
+        attached = (
+            _contract_of_target(fn) if isinstance(fn, str) and fn.startswith("attnproof.") else attached
+        )
         contract = attached or Contract(family)
     if contract.family != family:
         raise ContractError(f"family={family!r}, but the kernel's contract says {contract.family!r}")
@@ -194,7 +206,10 @@ def make_subject(
 
 
 def _contract_of_target(target: str) -> Contract | None:
-    """The contract beside one of the suite's own kernels; other people's modules are imported in a worker only."""
+    """The contract beside one of the suite's own kernels.
+
+    Other people's modules are imported in a worker only.
+    """
     return contract_of(resolve(target))
 
 
@@ -211,6 +226,6 @@ def _names(argument: str, given: Iterable[str], known: Iterable[str]) -> tuple[s
 @functools.cache
 def _pool(isolation: str) -> WorkerPool:
     """One worker for all checks of this process; closed when it ends."""
-    pool = WorkerPool(jobs=1, isolation=isolation)  # type: ignore[arg-type]
+    pool = WorkerPool(jobs=1, spares=0, isolation=isolation)  # type: ignore[arg-type]
     atexit.register(pool.close)
     return pool

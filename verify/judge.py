@@ -1,8 +1,9 @@
 """The judge: from what a kernel returned to a verdict with its reasons.
 
-Nothing of a kernel's own process is trusted: the judge makes the inputs again from the case, certifies the reference
-to 1/64 of each element's budget and compares. ``FAIL`` is a certain budget exceeded, a probable one exceeded beyond
-the calibrated threshold, a rule of the contract's edges broken, or a call that did not return what the contract says.
+Nothing of a kernel's own process is trusted: the judge makes the inputs again from the case, certifies the
+reference to 1/64 of each element's budget and compares. ``FAIL`` is a certain budget exceeded, a probable one
+exceeded beyond the calibrated threshold, a rule of the contract's edges broken, or a call that did not return
+what the contract says.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["CERTIFIED_FRACTION", "Judgement", "Trial", "prepare"]
 # The reference's radius is at most this fraction of an element's budgets: it moves no ratio by more than 2 %.
 CERTIFIED_FRACTION = 1.0 / 64.0
 
-# Declarations that are tried, weakest assumption first, to name what would explain an error beyond the budget.
+# Declarations that are tried, weakest assumption first, to name what would explain an error beyond the
+# budget.
 _EXPLANATIONS: tuple[tuple[str, Mapping[str, str | float]], ...] = (
     ("tf32 matmul inputs (matmul_input=tf32)", {"matmul_input": "tf32"}),
     ("truncated accumulation (accumulate=truncated)", {"accumulate": "truncated"}),
@@ -102,26 +104,37 @@ class Trial:
         if not q.numel() or not k.numel():
             return 0.0
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        return float((q @ k.transpose(-1, -2)).abs().max()) * abs(float(self.inputs.options.get("scale", 1.0)))
+        return float((q @ k.transpose(-1, -2)).abs().max()) * abs(
+            float(self.inputs.options.get("scale", 1.0))
+        )
 
     def _failures(self, name: str, got: torch.Tensor, found: Deviation) -> list[Failure]:
         failures = []
         if found.misplaced.any():
             index = _first(found.misplaced, got)
             asked = [v for v, where in self.budgets[name].literal.items() if where[index]][0]
-            failures.append(self._failure("empty-row", name, index, got, None, f"the contract asks for {asked}"))
+            failures.append(
+                self._failure("empty-row", name, index, got, None, f"the contract asks for {asked}")
+            )
         if found.nonfinite.any():
             index = _first(found.nonfinite, got)
-            expected = "an infinity of the exact result's sign" if self.budgets[name].overflow[index] else "a finite result"
+            expected = (
+                "an infinity of the exact result's sign"
+                if self.budgets[name].overflow[index]
+                else "a finite result"
+            )
             failures.append(self._failure("nonfinite", name, index, got, None, f"{expected} is required"))
         certain = found.certain.reshape(got.shape)
         if certain.numel() and float(certain.max()) > 1.0:
             index = _worst(certain)
-            words = f"error is {float(certain[index]):.3g} times what any kernel of the declared precision can make"
+            ratio = f"{float(certain[index]):.3g}"
+            words = f"error is {ratio} times what any kernel of the declared precision can make"
             hint = self._explanation(name, got)
             count = int((certain > 1.0).sum())
             more = f"; {count} elements in {int(_rows(certain > 1.0, self.problem).sum())} rows exceed theirs"
-            failures.append(self._failure("certain", name, index, got, float(certain[index]), words + more + hint))
+            failures.append(
+                self._failure("certain", name, index, got, float(certain[index]), words + more + hint)
+            )
         return failures or self._improbable(name, got, found)
 
     def _improbable(self, name: str, got: torch.Tensor, found: Deviation) -> list[Failure]:
@@ -142,13 +155,14 @@ class Trial:
             failures.append(self._failure("probable-row", name, index, got, worst, words))
         rms = float((found.probable.square().sum() / found.compared.sum()).sqrt())
         if rms > limits.output:
-            words = f"rms of error/probable over the output is {rms:.3g}, healthy kernels stay below {limits.output:.3g}"
+            words = f"rms of error/probable is {rms:.3g}, healthy kernels stay below {limits.output:.3g}"
             failures.append(self._failure("probable-output", name, index, got, rms, words))
         truncated = self.contract.precision.resolved(self.case.dtype).accumulate == "truncated"
         if not truncated and limits.biased(found):
             mean = float(found.probable.sum() / found.compared.sum())
             side = "away from" if mean > 0 else "toward"
-            words = f"mean error is {mean:.3g} probable budgets {side} zero, healthy kernels stay below {limits.bias:.3g}"
+            usual = f"healthy kernels stay below {limits.bias:.3g}"
+            words = f"mean error is {mean:.3g} probable budgets {side} zero, {usual}"
             failures.append(self._failure("bias", name, index, got, abs(mean), words))
         return failures
 
@@ -164,7 +178,14 @@ class Trial:
             f"{self.problem.explain_row(name, row)}"
         )
         return Failure(
-            rule=rule, reason=reason, output=name, index=index, expected=value, radius=radius, got=returned, ratio=ratio
+            rule=rule,
+            reason=reason,
+            output=name,
+            index=index,
+            expected=value,
+            radius=radius,
+            got=returned,
+            ratio=ratio,
         )
 
     def _explanation(self, name: str, got: torch.Tensor) -> str:

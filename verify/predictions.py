@@ -1,6 +1,9 @@
-"""What theory says of the naive examples, case by case: must this case FAIL, must it PASS, or is it left open?
+"""What theory says of the naive examples, case by case.
 
-The predictions use the exact logits of a case and the constants of the number formats, never a kernel's result.
+Must this case FAIL, must it PASS, or is it left open?
+
+The predictions use the exact logits of a case and the constants of the number formats, never a kernel's
+result.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ __all__ = ["PREDICTIONS", "division_free", "unshifted"]
 _HALF_OVERFLOW, _HALF_UNDERFLOW = math.log(65520.0), -25.0 * math.log(2.0)
 # Distance from a threshold within which the rounding of a logit decides.
 _MARGIN = 0.1
-# Unshifted float32 exponentials keep a row's weights to 1e-12 of their sum while the largest logit is above this.
+# Unshifted float32 exponentials keep a row's weights to 1e-12 of their sum while the largest logit is above
+# this.
 _ACCURATE = -60.0
 
 
@@ -71,7 +75,9 @@ def _infinity_allowed(trial: Trial) -> torch.Tensor:
 
 
 def unshifted(trial: Trial) -> str:
-    """Exponentials without the maximum subtracted (LSE-3, LSE-4): overflow above 88.7, nothing left below −104.
+    """Exponentials without the maximum subtracted (LSE-3, LSE-4).
+
+    Overflow above 88.7, nothing left below −104.
 
     With weights stored in float16 before the second matmul, above 11.09 and below −17.3 already.
     """
@@ -101,7 +107,10 @@ def _row_maximum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def division_free(trial: Trial) -> str:
-    """exp(s − L) with L stored in the inputs' dtype (LSE-5, LSE-7): every weight is off by the factor exp(fl(L) − L)."""
+    """exp(s − L) with L stored in the inputs' dtype (LSE-5, LSE-7).
+
+    Every weight is off by the factor exp(fl(L) − L).
+    """
     logits = _logits(trial)
     if not logits.numel():
         return "PASS"
@@ -110,7 +119,9 @@ def division_free(trial: Trial) -> str:
     stored = exact.float().to(trial.case.torch_dtype).double()
     delta = torch.where(judged, exact - stored, 0.0)
     # L is computed in float32 before it is stored, and is itself off by a few of its roundings.
-    computed = 2.0**-22 * (exact.abs() + logits.masked_fill(logits == -torch.inf, 0.0).abs().amax(-1)).nan_to_num(0.0)
+    computed = 2.0**-22 * (
+        exact.abs() + logits.masked_fill(logits == -torch.inf, 0.0).abs().amax(-1)
+    ).nan_to_num(0.0)
     least = delta.sign() * (delta.abs() - computed).clamp(min=0.0)
     fails, open_ = False, False
     for name, budget in trial.budgets.items():

@@ -63,9 +63,10 @@ BODY_ALIGNMENT: Final = 64
 """Tensors start at multiples of this in a body, so that the judge can read them in place."""
 
 _NAMES: Final = (
-    "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 "
-    "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
-).split()
+    *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+)
 DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)
 }

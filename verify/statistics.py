@@ -1,7 +1,8 @@
 """Error over budget: per element, per row, over a whole output; and the thresholds that these are held to.
 
-A ratio of 1 to the certain budget is a proof. Ratios to the probable budget are statistics: their thresholds are fits
-to the tails of healthy kernels (``calibration``), stored as package data by family, output, dtype and class of regime.
+A ratio of 1 to the certain budget is a proof. Ratios to the probable budget are statistics: their thresholds
+are fits to the tails of healthy kernels (``calibration``), stored as package data by family, output, dtype
+and class of regime.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ import torch
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.families.base import Budget
 
-__all__ = ["ANY_CLASS", "Deviation", "Thresholds", "deviation", "stored_thresholds", "threshold_key", "thresholds_for", "width_bin"]
+__all__ = [
+    "ANY_CLASS",
+    "Deviation",
+    "Thresholds",
+    "deviation",
+    "stored_thresholds",
+    "threshold_key",
+    "thresholds_for",
+    "width_bin",
+]
 
 ANY_CLASS = "any"
 # A signed mean counts only when it is this many of its standard errors from zero, in addition to its size.
@@ -45,7 +55,10 @@ class Deviation:
 
     @property
     def row_rms(self) -> torch.Tensor:
-        """rms of error/probable over the last axis; over single elements where rows have one. NaN where none."""
+        """rms of error/probable over the last axis.
+
+        Over single elements where rows have one. NaN where none.
+        """
         square = self.probable.square()
         count = self.compared.sum(-1)
         return (square.sum(-1) / count.clamp(min=1)).sqrt().masked_fill(count == 0, torch.nan)
@@ -54,8 +67,8 @@ class Deviation:
 def deviation(got: torch.Tensor, reference: Enclosure, budget: Budget, row_axes: int) -> Deviation:
     """Compare ``got`` (the output's shape, any float dtype) with a certified reference.
 
-    ``row_axes`` is the number of axes that index rows; an output with no axis beyond them has rows of one element,
-    which are given an axis of length 1 here so that the last axis is always within a row.
+    ``row_axes`` is the number of axes that index rows; an output with no axis beyond them has rows of one
+    element, which are given an axis of length 1 here so that the last axis is always within a row.
     """
     g, value, radius = got.double(), reference.value, reference.radius
     literal = torch.zeros_like(budget.open)
@@ -83,7 +96,10 @@ def deviation(got: torch.Tensor, reference: Enclosure, budget: Budget, row_axes:
 
 
 def _ratio(error: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """error / budget with 0/0 = 0 and x/0 = inf; capped far above any threshold so that squares stay finite."""
+    """error / budget with 0/0 = 0 and x/0 = inf.
+
+    Capped far above any threshold so that squares stay finite.
+    """
     quotient = torch.where(error == 0, 0.0, error / budget.clamp(min=5e-324))
     return quotient.clamp(max=1e100)
 
@@ -92,7 +108,8 @@ class Thresholds(msgspec.Struct, frozen=True):
     """What healthy kernels stay below, for one family, output, dtype and class of regime.
 
     Attributes:
-        row: largest row rms of error/probable in a case; output: rms over an output; bias: size of the signed mean.
+        row: largest row rms of error/probable in a case; output: rms over an output; bias: size of the signed
+            mean.
         cases: number of cases behind the fit.
     """
 

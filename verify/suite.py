@@ -1,7 +1,7 @@
 """The suite's own kernels: what `attnproof verify` judges, with the verdict that each is expected to get.
 
-The naive examples are listed with the theory that says, case by case, where they must fail (``predictions``); one that
-passes there, or fails elsewhere, is as much a defect as a failure of a correct kernel.
+The naive examples are listed with the theory that says, case by case, where they must fail (``predictions``);
+one that passes there, or fails elsewhere, is as much a defect as a failure of a correct kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ENTRIES", "Entry", "default_device", "subjects"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel of the suite: its name in reports, its target, and for naive examples what predicts their failures."""
+    """A kernel of the suite: its name in reports, its target, for examples what predicts their failures."""
 
     name: str
     target: str
@@ -37,7 +37,11 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("softmax.attention_split", "attnproof.adapters:attention_split_in_three"),
     Entry("examples.unshifted_logsumexp", f"{_EXAMPLES}.logsumexp:unshifted_logsumexp", "unshifted"),
     Entry("examples.unshifted_softmax_rows", f"{_EXAMPLES}.softmax_rows:unshifted_softmax_rows", "unshifted"),
-    Entry("examples.division_free_softmax_rows", f"{_EXAMPLES}.softmax_rows:division_free_softmax_rows", "division-free"),
+    Entry(
+        "examples.division_free_softmax_rows",
+        f"{_EXAMPLES}.softmax_rows:division_free_softmax_rows",
+        "division-free",
+    ),
     Entry("examples.unshifted_attention", f"{_EXAMPLES}.softmax:unshifted_attention", "unshifted"),
     Entry("examples.three_pass_attention", f"{_EXAMPLES}.softmax:three_pass_attention", "division-free"),
 )

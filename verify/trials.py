@@ -1,4 +1,7 @@
-"""One case through one kernel: the call in a worker, what came back, and the verdict on it as a record's event."""
+"""One case through one kernel.
+
+The call in a worker, what came back, and the verdict on it as a record's event.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ __all__ = ["Subject", "case_record", "judge_case", "reproduction"]
 
 Caller = Callable[[CallRequest], Outcome]
 
-# Every third case is called twice on the same tensors, to see whether a kernel that promises the same bits gives them.
+# Every third case is called twice on the same tensors, to see whether a kernel that promises the same bits
+# gives them.
 _REPEATED = 3
 _DEFAULTS: Mapping[str, Any] = {"causal": False, "return_lse": False}
 
@@ -60,7 +64,10 @@ class Subject:
         return bool(self.prediction)
 
     def expected(self, trial: Trial, verdict: str) -> str:
-        """The verdict that the case must get: PASS, for examples what theory says; where that is open, ``verdict``."""
+        """The verdict that the case must get: PASS, for examples what theory says.
+
+        Where that is open, ``verdict``.
+        """
         if not self.prediction:
             return "PASS"
         predicted = PREDICTIONS[self.prediction](trial)
@@ -98,7 +105,7 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
         if isinstance(outcome, Returned) and outcome.seconds:
             seconds = outcome.seconds[0]
         expected = subject.expected(trial, judgement.verdict)
-    except Exception as error:  # noqa: BLE001 - whatever breaks the checker must not be taken for a verdict
+    except Exception as error:
         failure = Failure("checker", f"the checker failed: {type(error).__name__}: {error}")
         judgement = Judgement("UNVERIFIED", (failure,))
     failures = tuple(_with_script(failure, subject, case) for failure in judgement.failures)
@@ -117,7 +124,10 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
 
 
 def _request(subject: Subject, trial: Trial) -> CallRequest:
-    """The canonical call in the kernel's own layout; keywords with a default only where the kernel lists them."""
+    """The canonical call in the kernel's own layout.
+
+    Keywords with a default only where the kernel lists them.
+    """
     contract, family = subject.contract, trial.family
     swap = contract.layout == "bnhd" and family.sequence
     arguments = []
@@ -144,14 +154,20 @@ def _request(subject: Subject, trial: Trial) -> CallRequest:
 
 
 def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgement:
-    failures = [Failure("mutation", f"the call changed its inputs: {mutation}") for mutation in outcome.mutations]
+    failures = [
+        Failure("mutation", f"the call changed its inputs: {mutation}") for mutation in outcome.mutations
+    ]
     tail = outcome.output.tail
     if isinstance(outcome, Flooded):
-        words = f"the call wrote {outcome.output.size} bytes to stdout and stderr; the limit is {outcome.limit}"
+        words = (
+            f"the call wrote {outcome.output.size} bytes to stdout and stderr; the limit is {outcome.limit}"
+        )
         failures.append(Failure("output-flood", words, detail=tail))
         outcome = outcome.ended
     if isinstance(outcome, Declined):
-        return Judgement("FAIL" if failures else "DECLINED", (*failures, Failure("declined", outcome.message)))
+        return Judgement(
+            "FAIL" if failures else "DECLINED", (*failures, Failure("declined", outcome.message))
+        )
     if not isinstance(outcome, Returned):
         return _ended_badly(outcome, failures, tail)
     outputs, complaint = _outputs(subject, trial, outcome)
@@ -162,7 +178,9 @@ def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgemen
             failures.append(Failure("aliasing", f"output {alias.output} lies in memory of {alias.other}"))
     for difference in outcome.differences:
         words = f"{difference.what} differs in {difference.count} elements, first at {difference.index}"
-        failures.append(Failure("determinism", f"two calls on the same tensors: {words} (run {difference.run})"))
+        failures.append(
+            Failure("determinism", f"two calls on the same tensors: {words} (run {difference.run})")
+        )
     judgement = trial.judge(outputs)
     if failures:
         return replace(judgement, verdict="FAIL", failures=(*failures, *judgement.failures))
@@ -172,7 +190,10 @@ def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgemen
 def _ended_badly(
     outcome: Raised | Crashed | TimedOut | OutOfMemory, failures: list[Failure], tail: str
 ) -> Judgement:
-    """A call that gave no result: FAIL, or UNVERIFIED where the emulator or the worker's start is at fault."""
+    """A call that gave no result.
+
+    FAIL, or UNVERIFIED where the emulator or the worker's start is at fault.
+    """
     if isinstance(outcome, Raised):
         unsupported = outcome.type.rpartition(".")[2] == "EmulationError"
         rule = "memory-fault" if outcome.type.rpartition(".")[2] == "MemoryFault" else "exception"
@@ -182,7 +203,9 @@ def _ended_badly(
     elif isinstance(outcome, TimedOut):
         failure = Failure("timeout", f"no answer within {outcome.limit:g} seconds", detail=tail)
     elif isinstance(outcome, OutOfMemory):
-        failure = Failure("memory", f"the call took more than {outcome.limit >> 20} MiB: {outcome.message}", detail=tail)
+        failure = Failure(
+            "memory", f"the call took more than {outcome.limit >> 20} MiB: {outcome.message}", detail=tail
+        )
     else:
         failure = Failure("crash", f"the worker process died: {outcome}", detail=tail)
     if not isinstance(outcome, Raised) and outcome.phase == "start":
@@ -195,7 +218,7 @@ def _under_rule(failure: Failure, rule: str) -> Failure:
 
 
 def _outputs(subject: Subject, trial: Trial, outcome: Returned) -> tuple[dict[str, torch.Tensor], str]:
-    """Outputs by name in layout bhnd, and what is wrong with the form of what was returned ("" if nothing)."""
+    """Outputs by name in layout bhnd, and what is wrong with the form of what came back ("" if nothing)."""
     names = trial.problem.outputs
     value = outcome.value
     if isinstance(value, NotATensor):
@@ -211,7 +234,8 @@ def _outputs(subject: Subject, trial: Trial, outcome: Returned) -> tuple[dict[st
         if subject.contract.layout == "bnhd" and name in trial.family.sequence and tensor.dim() >= 3:
             tensor = tensor.transpose(1, 2)
         if tuple(tensor.shape) != shape:
-            return {}, f"output {name} has shape {tuple(tensor.shape)} (in layout bhnd); the contract asks for {shape}"
+            got = tuple(tensor.shape)
+            return {}, f"output {name} has shape {got} (in layout bhnd); the contract asks for {shape}"
         dtype = trial.family.output_dtype(name, trial.case.dtype)
         if tensor.dtype != getattr(torch, dtype):
             return {}, f"output {name} has dtype {tensor.dtype}; the contract asks for {dtype}"
@@ -248,4 +272,6 @@ def _contract_arguments(contract: Contract) -> dict[str, Any]:
     """The fields in which a contract differs from the defaults."""
     plain = Contract(contract.family)
     fields = {name: getattr(contract, name) for name in contract.__dataclass_fields__}
-    return {name: value for name, value in fields.items() if name == "family" or value != getattr(plain, name)}
+    return {
+        name: value for name, value in fields.items() if name == "family" or value != getattr(plain, name)
+    }

@@ -1,8 +1,8 @@
 """The interface over which every formula of the suite is written once.
 
-An :class:`Arithmetic` evaluates tensor expressions over values of its own type ``V`` and can state any of them as an
-:class:`Enclosure`. Three implementations give the same formula its meaning (mpmath), a proof (Arb) and speed
-(float64 with radii); see the package's docstring.
+An :class:`Arithmetic` evaluates tensor expressions over values of its own type ``V`` and can state any of
+them as an :class:`Enclosure`. Three implementations give the same formula its meaning (mpmath), a proof (Arb)
+and speed (float64 with radii); see the package's docstring.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Enclosure:
 class Arithmetic(ABC, Generic[V]):
     """Tensor operations on values that enclose, or very nearly are, exact real numbers.
 
-    Values are immutable and have a shape; elementwise operations broadcast as torch does. Inputs must be finite:
-    masks are applied by :meth:`masked`, never by infinities.
+    Values are immutable and have a shape; elementwise operations broadcast as torch does. Inputs must be
+    finite: masks are applied by :meth:`masked`, never by infinities.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Arithmetic(ABC, Generic[V]):
 
     @abstractmethod
     def div(self, a: V, b: V) -> V:
-        """a / b, element by element; where b's enclosure holds 0 nothing is known of the quotient (infinite radius)."""
+        """a / b, element by element; where b's enclosure holds 0 nothing is known (infinite radius)."""
 
     @abstractmethod
     def scaled(self, a: V, factor: float) -> V:
@@ -76,7 +76,10 @@ class Arithmetic(ABC, Generic[V]):
 
     @abstractmethod
     def matmul(self, a: V, b: V) -> V:
-        """Matrix product over the last two axes, (…, M, K) × (…, K, N) → (…, M, N); leading axes broadcast."""
+        """Matrix product over the last two axes, (…, M, K) × (…, K, N) → (…, M, N).
+
+        Leading axes broadcast.
+        """
 
     @abstractmethod
     def transpose(self, a: V) -> V:
@@ -104,7 +107,10 @@ class Arithmetic(ABC, Generic[V]):
 
     @abstractmethod
     def midpoint(self, a: V) -> torch.Tensor:
-        """A float64 approximation of a, for choices that need not be exact (a shift, a pivot); finite where possible."""
+        """A float64 approximation of a, for choices that need not be exact (a shift, a pivot).
+
+        Finite where possible.
+        """
 
     @abstractmethod
     def enclosure(self, a: V) -> Enclosure:

@@ -11,10 +11,16 @@ from attnproof.properties.contract import ContractError
 
 __all__ = ["EXP_OVERFLOW", "EXP_UNDERFLOW", "Budget", "broadcast_mask", "dtype_name"]
 
-# exp overflows float32 above the first, and is below its smallest subnormal number under the second (theory.md, Formats).
+# exp overflows float32 above the first, and is below its smallest subnormal number under the second
+# (theory.md, Formats).
 EXP_OVERFLOW, EXP_UNDERFLOW = 88.73, -103.98
 
-_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
 
 
 def dtype_name(dtype: torch.dtype, argument: str = "dtype") -> str:
@@ -24,7 +30,9 @@ def dtype_name(dtype: torch.dtype, argument: str = "dtype") -> str:
         ContractError: for a dtype that no family takes.
     """
     if dtype not in _NAMES:
-        raise ContractError(f"{argument} has dtype {dtype}; the contract asks for one of {', '.join(_NAMES.values())}")
+        raise ContractError(
+            f"{argument} has dtype {dtype}; the contract asks for one of {', '.join(_NAMES.values())}"
+        )
     return _NAMES[dtype]
 
 
@@ -33,7 +41,8 @@ class Budget:
     """How far a correct kernel of a declared precision may be from the exact output, element by element.
 
     Attributes:
-        certain: float64, the output's shape; no algorithm whose roundings are among the declared ones errs by more.
+        certain: float64, the output's shape; no algorithm whose roundings are among the declared ones errs by
+            more.
         probable: float64, the output's shape; estimated standard deviation of a healthy kernel's error.
         open: bool, the output's shape; elements that the contract leaves unjudged, whatever is returned.
         overflow: bool, elements where ±inf of the reference's sign is expected.

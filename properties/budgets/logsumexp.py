@@ -1,7 +1,8 @@
-"""Budgets of a log-sum-exp and of the weights of a row, both functions of logits that are given, not computed.
+"""Budgets of a log-sum-exp and of the weights of a row: functions of logits that are given, not computed.
 
-A logit's error before its exponential is the rounding of x·log2 e and of the difference to the maximum; a running sum
-is rescaled at most once an element. The rest is as for the rows of attention (``softmax``), without V.
+A logit's error before its exponential is the rounding of x·log2 e and of the difference to the maximum; a
+running sum is rescaled at most once an element. The rest is as for the rows of attention (``softmax``),
+without V.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def logsumexp_budget(problem: RowsProblem, reference: Enclosure, contract: Contr
     certain = (error * (1.0 + r.output) + r.output * size + r.output_tiny) * _SLACK
     variance = (row.p.square() * variance_e).sum(-1) + n / 9.0 * r.accumulate**2
     variance = variance + (r.elementwise * (1.0 + logarithm)).square() * 4.0 / 3.0
-    variance = variance + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
+    variance = (
+        variance
+        + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
+    )
     return _limits(problem, "y", y, certain, variance.sqrt(), contract, r, row)
 
 
@@ -70,7 +74,9 @@ def weights_budget(problem: RowsProblem, reference: Enclosure, contract: Contrac
     _, shift = normaliser_shift(row, certain_e)
     own = certain_e[..., :width]
     division = 6.0 * r.elementwise + 2.0 * r.lse * (row.lse.abs() + 1.0)
-    relative = torch.expm1((own + shift + growth(2.0 * row.count + 8.0, r.accumulate) + division).clamp(max=700.0))
+    relative = torch.expm1(
+        (own + shift + growth(2.0 * row.count + 8.0, r.accumulate) + division).clamp(max=700.0)
+    )
     error = torch.minimum(relative * y, torch.maximum(y, 1.0 - y)) + 2.0 * r.probabilities_tiny
     certain = (error * (1.0 + r.output) + r.output * y + r.output_tiny) * _SLACK
     shared = (row.p.square() * variance_e).sum(-1, keepdim=True) + row.count / 9.0 * r.accumulate**2

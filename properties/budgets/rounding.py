@@ -1,8 +1,8 @@
 """Unit roundoffs of a declared precision, and the growth of rounding errors.
 
-u is the unit roundoff of a format (half the spacing at 1), η half its smallest subnormal number. Formats: Blanchard,
-Higham & Higham 2021, tables 1 and 2. γ_n = n·u / (1 − n·u) bounds n roundings (Higham 2002, lemma 3.1); λ√n·u is their
-probable growth (Higham & Mary 2019).
+u is the unit roundoff of a format (half the spacing at 1), η half its smallest subnormal number. Formats:
+Blanchard, Higham & Higham 2021, tables 1 and 2. γ_n = n·u / (1 − n·u) bounds n roundings (Higham 2002, lemma
+3.1); λ√n·u is their probable growth (Higham & Mary 2019).
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ __all__ = ["LARGEST", "Roundings", "growth"]
 _UNIT = {
     "float64": 2.0**-53,
     "float32": 2.0**-24,
-    # A tf32 operand may be rounded to 10 bits or truncated to them, as tensor cores do with the bits they are given.
+    # A tf32 operand may be rounded to 10 bits or truncated to them, as tensor cores do with the bits they are
+    # given.
     "tf32": 2.0**-10,
     "bfloat16": 2.0**-8,
     "float16": 2.0**-11,
     "ieee": 0.0,
-    # Tensor cores align the products of a block of K to the largest and truncate at ≥ 24 fractional bits, then truncate
-    # the sum to 24 bits (theory.md HW-3): (K + 1)·2⁻²⁴ + 2⁻²³ relative to the block's absolute sum for K ≥ 4 terms,
-    # which is at most 2⁻²² for each term added.
+    # Tensor cores align the products of a block of K to the largest and truncate at ≥ 24 fractional bits,
+    # then truncate the sum to 24 bits (theory.md HW-3): (K + 1)·2⁻²⁴ + 2⁻²³ relative to the block's absolute
+    # sum for K ≥ 4 terms, which is at most 2⁻²² for each term added.
     "truncated": 2.0**-22,
 }
-_SUBNORMAL = {"float64": 2.0**-1075, "float32": 2.0**-150, "tf32": 2.0**-137, "bfloat16": 2.0**-134, "float16": 2.0**-25}
-_NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126, "tf32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
+_SUBNORMAL = {
+    "float64": 2.0**-1075,
+    "float32": 2.0**-150,
+    "tf32": 2.0**-137,
+    "bfloat16": 2.0**-134,
+    "float16": 2.0**-25,
+}
+_NORMAL = {
+    "float64": 2.0**-1022,
+    "float32": 2.0**-126,
+    "tf32": 2.0**-126,
+    "bfloat16": 2.0**-126,
+    "float16": 2.0**-14,
+}
 LARGEST = {
     "float64": torch.finfo(torch.float64).max,
     "float32": torch.finfo(torch.float32).max,
@@ -44,14 +57,15 @@ class Roundings:
     """The unit roundoffs of a kernel, from its declared precision and the dtype of its inputs.
 
     Attributes:
-        operand: rounding of matmul operands that were computed (a scaled q); input: of operands that are the inputs
-            themselves, nonzero only where the declared operand format is narrower than the inputs' dtype.
+        operand: rounding of matmul operands that were computed (a scaled q); input: of operands that are the
+            inputs themselves, nonzero only where the declared operand format is narrower than the inputs'
+            dtype.
         accumulate: each addition of a sum or matmul.
         elementwise: float operations outside matmuls.
         scores, probabilities, lse, output: storage.
         exp: relative error of one exponential, its argument's rounding not included.
-        operand_tiny, scores_tiny, probabilities_tiny, accumulate_tiny, output_tiny: absolute error where results
-            are subnormal, or are flushed.
+        operand_tiny, scores_tiny, probabilities_tiny, accumulate_tiny, output_tiny: absolute error where
+            results are subnormal, or are flushed.
         largest: largest number of the accumulation; scores_largest: of stored scores.
         truncated: accumulation truncates, so that its errors have one sign and grow with n.
     """
@@ -76,9 +90,14 @@ class Roundings:
 
     @classmethod
     def of(cls, contract: Contract, dtype: str, output_dtype: str | None = None) -> Roundings:
-        """The roundings of a kernel under ``contract`` for inputs of ``dtype``; ``output_dtype`` of a given output."""
+        """The roundings of a kernel under ``contract`` for inputs of ``dtype``.
+
+        ``output_dtype`` of a given output.
+        """
         precision: Precision = contract.precision.resolved(dtype)
-        storage = {name: str(getattr(precision, name)) for name in ("scores", "probabilities", "lse", "output")}
+        storage = {
+            name: str(getattr(precision, name)) for name in ("scores", "probabilities", "lse", "output")
+        }
         if output_dtype is not None:
             storage["output"] = output_dtype
         operand, accumulate = str(precision.matmul_input), str(precision.accumulate)
@@ -98,7 +117,8 @@ class Roundings:
             exp=2.0 * float(precision.exp_ulp or 2.0) * elementwise,
             operand_tiny=0.0 if operand == "ieee" else tiny[operand],
             scores_tiny=tiny[storage["scores"]],
-            # Hardware exponentials flush subnormal results to zero, whatever else a kernel does (theory.md HW-1).
+            # Hardware exponentials flush subnormal results to zero, whatever else a kernel does (theory.md
+            # HW-1).
             probabilities_tiny=max(tiny[storage["probabilities"]], _NORMAL[wide]),
             accumulate_tiny=2.0 * tiny[accumulated],
             output_tiny=tiny[storage["output"]],

@@ -1,11 +1,12 @@
 """Perturbed rows of weights: what every family with a softmax shares.
 
-A row has logits x_j with weights p_j = e^{x_j} / Σ e^{x_k}. A kernel's weights are proportional to e^{x_j + e_j} with
-|e_j| ≤ E_j, the same in numerator and normaliser. Exactly, with ξ_j = e^{e_j} − 1,
+A row has logits x_j with weights p_j = e^{x_j} / Σ e^{x_k}. A kernel's weights are proportional to e^{x_j +
+e_j} with |e_j| ≤ E_j, the same in numerator and normaliser. Exactly, with ξ_j = e^{e_j} − 1,
 
     ô − o = Σ p_j ξ_j (v_j − o) / (1 + Σ p_j ξ_j),
 
-from which every bound below follows; no first-order term is dropped (theory.md EXA-3 is the case of equal E_j).
+from which every bound below follows; no first-order term is dropped (theory.md EXA-3 is the case of equal
+E_j).
 """
 
 from __future__ import annotations
@@ -84,11 +85,12 @@ def normaliser_shift(row: Row, e: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def mean_shift(row: Row, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """Bound on |ô − o| (…, E) for logit errors ``e`` (…, N), values ``v`` (…, N, E) and exact means ``o`` (…, E).
+    """Bound on |ô − o| (…, E) for logit errors ``e`` (…, N), values ``v`` (…, N, E), exact ``o`` (…, E).
 
-    The smallest of three bounds: (1) all logits perturbed, Cauchy–Schwarz, divided by 1 − a; (2) the largest logit
-    held fixed and the others perturbed by E_j + E_top, divided by p_top, sharp for rows that one key dominates;
-    (3) the hull of V, which no positive weights leave.
+    The smallest of three bounds: (1) all logits perturbed, Cauchy–Schwarz, divided by 1 − a; (2) the largest
+        logit
+    held fixed and the others perturbed by E_j + E_top, divided by p_top, sharp for rows that one key
+    dominates; (3) the hull of V, which no positive weights leave.
     """
     a, _ = normaliser_shift(row, e)
     everything = _spread(row.p, row.log_p, e, v, o) / (1.0 - a).clamp(min=1e-12)
@@ -99,10 +101,14 @@ def mean_shift(row: Row, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> t
     return torch.minimum(torch.minimum(everything, dominated), _hull(v, o))
 
 
-def _spread(p: torch.Tensor, log_p: torch.Tensor, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+def _spread(
+    p: torch.Tensor, log_p: torch.Tensor, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor
+) -> torch.Tensor:
     """√(Σ p ξ²) · √(Σ p (v − o)²) ≥ Σ p ξ |v − o|, (…, E), rounding of the second factor included."""
     log_square = log_p + 2.0 * _log_expm1(e)
-    strength = torch.where(p > 0, torch.exp(log_square.clamp(max=_LARGEST_EXPONENT)), 0.0).sum(-1, keepdim=True)
+    strength = torch.where(p > 0, torch.exp(log_square.clamp(max=_LARGEST_EXPONENT)), 0.0).sum(
+        -1, keepdim=True
+    )
     return strength.sqrt() * second_moment(p, v, o).sqrt()
 
 

@@ -1,12 +1,14 @@
 """Budgets of softmax attention, term by term.
 
-The kernel's weights are e^{s_j + e_j} with logit errors bounded by E_j (:func:`logit_errors`): rounding of scaled
-operands, D-term dot products, scaling, soft cap, bias, storage of scores, the argument and value of the exponential,
-and one more exponential for each time an online algorithm rescales what it has (at most once a key). These are common
-to numerator and normaliser, so only the spread of V about o counts (``rows.mean_shift``). What is not common is
-relative to Σ p|v|: storage of P, the two sums, the division, a division-free form's log-sum-exp. One rounding of the
-output is last. Every algorithm whose roundings are among the declared ones is covered: online, two-pass, split over
-keys and merged, divided before or after the second matmul, in any tiling and any order.
+The kernel's weights are e^{s_j + e_j} with logit errors bounded by E_j: rounding of scaled operands, D-term
+dot products, scaling, soft cap, bias, storage of scores, the argument and value of the exponential, and one
+more exponential for each time an online algorithm rescales what it has (at most once a key). These are common
+to numerator and normaliser, so only the spread of V about o counts (``rows.mean_shift``). What is not common
+is relative to Σ p|v|: storage of P, the two sums, the division, a division-free form's log-sum-exp. One
+rounding of the output is last.
+
+Every algorithm whose roundings are among the declared ones is covered: online, two-pass, split over keys and
+merged, divided before or after the second matmul, in any tiling and any order.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ __all__ = ["attention_budgets"]
 
 # Slack for the float64 evaluation of the budget itself; its own relative error is below 1e-9 for N ≤ 65,536.
 _SLACK = 1.0 + 1e-6
-# Random signs with which the response to rounded operands is sampled: the estimated standard deviation is itself
-# accurate to 1/√(2·probes), 18 %.
+# Random signs with which the response to rounded operands is sampled: the estimated standard deviation is
+# itself accurate to 1/√(2·probes), 18 %.
 _PROBES = 16
 
 
@@ -103,11 +105,17 @@ def attention_budgets(
     exact, exact_e = _exact_rows(problem, row, v, r)
     certain_e = torch.where(exact, exact_e, certain_e)
     variance_e = variance_e + ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2) / 3.0
-    budgets = {"o": _output_budget(problem, reference["o"], contract, r, row, v, certain_e, variance_e, logits, exact)}
+    budgets = {
+        "o": _output_budget(
+            problem, reference["o"], contract, r, row, v, certain_e, variance_e, logits, exact
+        )
+    }
     if "lse" in reference:
         wide = "float64" if dtype == "float64" else str(contract.precision.resolved(dtype).lse)
         r_lse = Roundings.of(contract, dtype, output_dtype=wide)
-        budgets["lse"] = _lse_budget(problem, reference["lse"], contract, r_lse, row, certain_e, variance_e, logits)
+        budgets["lse"] = _lse_budget(
+            problem, reference["lse"], contract, r_lse, row, certain_e, variance_e, logits
+        )
     return budgets
 
 
@@ -150,7 +158,8 @@ def _logit_variances(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> torch
 def _summation_variance(n: torch.Tensor | float, square: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Variance, over u², of the rounding of a recursive sum of n terms with Σt² and Σt.
 
-    Each of the n partial sums T_k is rounded once (variance T_k²/3); in random order E Σ T_k² ≈ n (Σt²/2 + (Σt)²/3).
+    Each of the n partial sums T_k is rounded once (variance T_k²/3); in random order E Σ T_k² ≈ n (Σt²/2 +
+    (Σt)²/3).
     """
     return n * (square / 2.0 + total.square() / 3.0) / 3.0
 
@@ -164,7 +173,8 @@ def _with_sink(
     r: Roundings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sink as one more key, last, with value 0; absent sinks are unseen."""
-    assert problem.sinks is not None and problem.sink_present is not None
+    assert problem.sinks is not None
+    assert problem.sink_present is not None
     sink = problem.sinks.double().reshape(1, -1, 1, 1).expand(*x.shape[:-1], 1)
     present = problem.sink_present.reshape(1, -1, 1, 1)
     stored = r.elementwise * 3.0 + r.scores * 2.0
@@ -176,12 +186,14 @@ def _with_sink(
     )
 
 
-def _exact_rows(problem: SoftmaxProblem, row: Row, v: torch.Tensor, r: Roundings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (B, H, M, 1) in which every logit is exactly 0 or so low that its weight vanishes, and errors of their logits.
+def _exact_rows(
+    problem: SoftmaxProblem, row: Row, v: torch.Tensor, r: Roundings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, H, M, 1) whose logits are all exactly 0 or vanishingly low, and the errors of these logits.
 
-    There the exponentials are 1 or 0 in any algorithm that subtracts the maximum, but for what a sum of products that
-    cancel may lose; with V on a coarse grid the sums are exact as well, and only P's storage, the division and the
-    output round.
+    There the exponentials are 1 or 0 in any algorithm that subtracts the maximum, but for what a sum of
+    products that cancel may lose; with V on a coarse grid the sums are exact as well, and only P's storage,
+    the division and the output round.
     """
     if row.x.shape[-1] != problem.seen.shape[-1] or not problem.seen.shape[-1]:
         return torch.zeros_like(row.count, dtype=torch.bool), torch.zeros_like(row.x)
@@ -199,7 +211,8 @@ def _exact_rows(problem: SoftmaxProblem, row: Row, v: torch.Tensor, r: Roundings
 def _cancels(q: torch.Tensor, kt: torch.Tensor) -> torch.Tensor:
     """Pairs (B, H, M, N) whose dot product is 0 however a kernel scales and rounds its operands, sums apart.
 
-    That is: every nonzero product has an opposite with factors of the same magnitudes. A distortion of magnitudes that
+    That is: every nonzero product has an opposite with factors of the same magnitudes. A distortion of
+        magnitudes that
     has no other symmetry keeps the dot product 0 in just that case.
     """
 
@@ -228,7 +241,9 @@ def _output_budget(
     n = row.count
     sums = torch.where(exact, 0.0, 2.0 * growth(2.0 * n + 8.0, r.accumulate))
     weights = torch.where(exact & (n_top(row) == 1), 0.0, max(r.probabilities, r.operand))
-    division_free = torch.where(exact, 8.0 * r.elementwise * (2.0 + row.lse.abs()), 2.0 * r.lse * (row.lse.abs() + 1.0))
+    division_free = torch.where(
+        exact, 8.0 * r.elementwise * (2.0 + row.lse.abs()), 2.0 * r.lse * (row.lse.abs() + 1.0)
+    )
     relative = sums + weights + r.input + 6.0 * r.elementwise + division_free
     # Perturbed weights can raise Σ p|v|, at most to the largest |v|.
     inflated = gauge * torch.exp(2.0 * certain_e.amax(-1, keepdim=True).clamp(max=700.0))
@@ -255,18 +270,26 @@ def _probable_output(
     variance_e: torch.Tensor,
     logits: _Logits,
 ) -> torch.Tensor:
-    """Standard deviation of a healthy kernel's error, (B, H, M, E): independent contributions in quadrature."""
+    """Standard deviation of a healthy kernel's error, (B, H, M, E), from independent contributions."""
     p, n = row.p, row.count
     squares = p.square() @ v.square()
     variance = second_moment(p.square() * variance_e, v, o)
     # Rounded constants (scale, log2 e) stretch all logits of a row alike.
-    stretch = (p * torch.where(p > 0, row.x, 0.0)) @ v - o * (p * torch.where(p > 0, row.x, 0.0)).sum(-1, keepdim=True)
+    stretch = (p * torch.where(p > 0, row.x, 0.0)) @ v - o * (p * torch.where(p > 0, row.x, 0.0)).sum(
+        -1, keepdim=True
+    )
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
     if max(r.operand, r.input) > 2.0**-20:
-        variance = variance + max(r.operand, r.input) ** 2 / 3.0 * _operand_response(problem, row, v, o, logits)
+        variance = variance + max(r.operand, r.input) ** 2 / 3.0 * _operand_response(
+            problem, row, v, o, logits
+        )
     stored = max(r.probabilities, r.operand) ** 2
-    variance = variance + stored / 3.0 * (squares + _coincidence(row, max(r.probabilities, r.operand)) * o.square())
-    variance = variance + (r.input**2 * squares + r.probabilities_tiny**2 * v.square().sum(-2, keepdim=True)) / 3.0
+    variance = variance + stored / 3.0 * (
+        squares + _coincidence(row, max(r.probabilities, r.operand)) * o.square()
+    )
+    variance = (
+        variance + (r.input**2 * squares + r.probabilities_tiny**2 * v.square().sum(-2, keepdim=True)) / 3.0
+    )
     if r.truncated:
         variance = variance + (2.0**-23 * n / 2.0 * (p @ v.abs())).square()
     else:
@@ -278,7 +301,7 @@ def _probable_output(
 def _operand_response(
     problem: SoftmaxProblem, row: Row, v: torch.Tensor, o: torch.Tensor, logits: _Logits
 ) -> torch.Tensor:
-    """Σ_d (scale q_d Cov_p(k_d, v))², (B, H, M, E): the response of o to rounded queries, one error for all keys.
+    """Σ_d (scale q_d Cov_p(k_d, v))², (B, H, M, E): o's response to rounded queries, one error for all keys.
 
     Sampled with random signs r_d: E (Σ_d r_d c_d)² = Σ_d c_d².
     """
@@ -296,8 +319,9 @@ def _operand_response(
 def _coincidence(row: Row, unit: float) -> torch.Tensor:
     """Σ p_j (mass of other keys whose weight agrees with p_j to u/4), (…, 1).
 
-    Weights that agree so closely are rounded by the same amount, so that their errors add up instead of averaging
-    out; with all weights equal this is 1 − 1/n. Irrelevant, and left out, where P is stored in full.
+    Weights that agree so closely are rounded by the same amount, so that their errors add up instead of
+    averaging out; with all weights equal this is 1 − 1/n. Irrelevant, and left out, where P is stored in
+    full.
     """
     if unit < 2.0**-20:
         return torch.zeros_like(row.count)
@@ -338,8 +362,13 @@ def _lse_budget(
     stretch = (row.p * torch.where(row.p > 0, row.x, 0.0)).sum(-1)
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
     variance = variance + (r.elementwise * (1.0 + logarithm)).square() * 4.0 / 3.0
-    variance = variance + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
-    return _limits(problem, "lse", lse, certain, variance.sqrt(), contract, r, row, logits, torch.zeros_like(lse))
+    variance = (
+        variance
+        + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
+    )
+    return _limits(
+        problem, "lse", lse, certain, variance.sqrt(), contract, r, row, logits, torch.zeros_like(lse)
+    )
 
 
 def _limits(
@@ -365,7 +394,8 @@ def _limits(
     asked = contract.empty_row if output == "o" else contract.empty_lse
     open_rows = keyless if asked == "undefined" else torch.zeros_like(keyless)
     if output == "lse" and problem.sink_present is not None:
-        # The contract gives −inf for a row without keys; the formula gives the sink. Neither is held against a kernel.
+        # The contract gives −inf for a row without keys; the formula gives the sink. Neither is held against
+        # a kernel.
         open_rows = keyless & problem.sink_present.reshape(1, -1, 1)
     literal = {}
     if asked != "undefined":
@@ -397,7 +427,8 @@ def _may_overflow(
 ) -> torch.Tensor:
     """Rows (B, H, M) in which some algorithm's intermediate may pass half the largest number.
 
-    q·k before scaling (in any order: Σ|q||k|), scores times log2 e, Σ P|v| with P relative to the row's maximum.
+    q·k before scaling (in any order: Σ|q||k|), scores times log2 e, Σ P|v| with P relative to the row's
+    maximum.
     """
     if not logits.product.shape[-1]:
         return torch.zeros(problem.row_shape, dtype=torch.bool)

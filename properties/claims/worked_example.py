@@ -1,7 +1,8 @@
 """The worked example of the first source article: attention of three tokens of width 2, without scaling.
 
-The article sets Q, K, V, forms S = Q·Kᵀ, assumes a matrix P where softmax(S) belongs, and prints O = P·V. Both steps
-are checked: P against a certified softmax, O against P·V in exact rationals (theory.md SEED0-1, SEED0-2).
+The article sets Q, K, V, forms S = Q·Kᵀ, assumes a matrix P where softmax(S) belongs, and prints O = P·V.
+Both steps are checked: P against a certified softmax, O against P·V in exact rationals (theory.md SEED0-1,
+SEED0-2).
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _SOURCE = "first source article, worked example (theory.md SEED0-1, SEED0-2)"
 
 
 def _product(a: Matrix, b: Matrix) -> list[list[Fraction]]:
-    return [[sum((x * row[j] for x, row in zip(line, b, strict=True)), Fraction(0)) for j in range(len(b[0]))] for line in a]
+    return [
+        [sum((x * row[j] for x, row in zip(line, b, strict=True)), Fraction(0)) for j in range(len(b[0]))]
+        for line in a
+    ]
 
 
 def scores() -> list[list[Fraction]]:
@@ -55,7 +59,7 @@ def check_weights(p: Matrix = ASSUMED_P) -> ClaimFinding:
                 outside.append((i, j))
     softmax = [[f"{float(x):.4f}" for x in line] for line in exact.value]
     evidence = (
-        f"{len(outside)} of {sum(map(len, p))} entries lie outside the certified softmax of S, whose rows are "
+        f"{len(outside)} of {sum(map(len, p))} entries lie outside the certified softmax of S, with the rows "
         + "; ".join("(" + ", ".join(line) + ")" for line in softmax)
         + f" (radius below {float(exact.radius.max()):.1g}); a softmax has no zero entry"
     )

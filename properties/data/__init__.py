@@ -1,1 +1,1 @@
-
+"""Data files that run-time code reads."""

@@ -1,4 +1,7 @@
-"""The families of the contract: one module each, with the exact definition written once over an abstract arithmetic."""
+"""The families of the contract.
+
+One module each, with the exact definition written once over an abstract arithmetic.
+"""
 
 from __future__ import annotations
 

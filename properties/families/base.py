@@ -15,6 +15,7 @@ from attnproof.properties.contract import Contract, ContractError
 
 __all__ = ["Budget", "Family", "Problem", "Reference", "broadcast_mask", "dtype_name"]
 
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Certified outputs by name, with the number of rows that each arithmetic certified."""
@@ -43,8 +44,8 @@ class Problem(ABC):
     def evaluate(self, arithmetic: Arithmetic[V], gauges: bool = False) -> dict[str, V]:
         """Every output by the family's definition; rows without any key give 0 in place of an infinite value.
 
-        With ``gauges``, also the scale of accuracy of each output under the name "gauge:" + output where it is not a
-        function of the output itself (Σ p|v| for attention).
+        With ``gauges``, also the scale of accuracy of each output under the name "gauge:" + output where it
+        is not a function of the output itself (Σ p|v| for attention).
         """
 
     @abstractmethod
@@ -64,7 +65,7 @@ class Problem(ABC):
 
     @abstractmethod
     def gauge(self, output: str, reference: Mapping[str, Enclosure]) -> torch.Tensor:
-        """A lower bound of each element's scale of accuracy (float64, the output's shape), from ``reference``.
+        """A lower bound of each element's scale of accuracy (float64, the output's shape).
 
         Σ p|v| for attention, |y| + 1 for a log-sum-exp, the value itself for a probability.
         """
@@ -120,7 +121,7 @@ class Family(ABC):
         """The dtype that the contract asks of an output for inputs of ``dtype``."""
 
     def check_keywords(self, options: Mapping[str, Any]) -> None:
-        """Raise ContractError for a keyword that the family does not have, or a required one that is missing."""
+        """Raise ContractError for a keyword that the family does not have, or a missing one."""
         known = (*self.required, *self.options, "causal_alignment")
         for key in options:
             if key not in known:

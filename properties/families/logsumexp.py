@@ -1,7 +1,7 @@
 """Log-sum-exp of rows: y = log Σ_j e^{x_j}; −∞ entries are masked, and an empty row gives −∞.
 
-Source: contract.md, "Calls" and "The edges". :class:`RowsProblem` serves ``softmax_rows`` as well, whose rows are the
-weights e^{x_j − y}.
+Source: contract.md, "Calls" and "The edges". :class:`RowsProblem` serves ``softmax_rows`` as well, whose rows
+are the weights e^{x_j − y}.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class RowsProblem(Problem):
         if not count:
             return f"row {row} has no entry above −inf"
         top = int(x.masked_fill(~seen, -torch.inf).argmax())
-        return f"row {row} has {count} of {len(seen)} entries above −inf; the largest is x[{top}] = {float(x[top]):.6g}"
+        largest = f"the largest is x[{top}] = {float(x[top]):.6g}"
+        return f"row {row} has {count} of {len(seen)} entries above −inf; {largest}"
 
 
 class RowsFamily(Family):

@@ -1,13 +1,15 @@
-r"""Softmax attention: o_i = Σ_j p_ij v_j, p_ij = e^{s_ij} / (Σ_j e^{s_ij} + e^{sink}), lse_i = log of that normaliser.
+r"""Softmax attention: o_i = Σ_j p_ij v_j, p_ij = e^{s_ij} / (Σ_j e^{s_ij} + e^{sink}), lse_i = log of it.
 
-s_ij = scale · q_i·k_j, then softcap · tanh(s_ij / softcap), then + bias_ij, over the keys j that query i sees (causal,
-window, packed sequences, bias of −∞). Query head h reads key and value head h // (H/G). The maximum that is
-subtracted before exp is any number near the largest score: the quotient does not depend on it.
-Source: contract.md, "Calls" and "The edges"; the formula is that of Vaswani et al. 2017 with the usual options.
+s_ij = scale · q_i·k_j, then softcap · tanh(s_ij / softcap), then + bias_ij, over the keys j that query i sees
+(causal, window, packed sequences, bias of −∞). Query head h reads key and value head h // (H/G). The maximum
+that is subtracted before exp is any number near the largest score: the quotient does not depend on it.
+Source: contract.md, "Calls" and "The edges"; the formula is that of Vaswani et al. 2017 with the usual
+options.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,7 +110,10 @@ class SoftmaxProblem(Problem):
         return result
 
     def _shift(self, s: torch.Tensor) -> torch.Tensor:
-        """The largest seen score or sink of each row, (B, H, M, 1), as far as float64 knows it; 0 if there is none."""
+        """The largest seen score or sink of each row, (B, H, M, 1), as far as float64 knows it.
+
+        0 if there is none.
+        """
         if s.shape[-1]:
             m = s.masked_fill(~self.seen, -torch.inf).amax(-1, keepdim=True)
         else:
@@ -119,7 +124,10 @@ class SoftmaxProblem(Problem):
         return torch.where(m.isfinite(), m, 0.0)
 
     def split(self, rows: torch.Tensor) -> list[tuple[Problem, torch.Tensor]]:
-        """One problem for each (batch, head) that has chosen rows; keys that none of them sees are left out."""
+        """One problem for each (batch, head) that has chosen rows.
+
+        Keys that none of them sees are left out.
+        """
         parts: list[tuple[Problem, torch.Tensor]] = []
         batch, heads, m = self.row_shape
         for b in range(batch):
@@ -148,7 +156,7 @@ class SoftmaxProblem(Problem):
         )
 
     def fixed(self, output: str) -> dict[float, torch.Tensor]:
-        """lse is −inf where the normaliser is empty."""
+        """Lse is −inf where the normaliser is empty."""
         if output != "lse":
             return {}
         empty = self.keyless()
@@ -192,7 +200,7 @@ class SoftmaxProblem(Problem):
         return reasons
 
     def _needs_shift(self, rows: torch.Tensor) -> bool:
-        """Whether exponentials of unshifted scores overflow float32, or all underflow, in one of ``rows`` (B, H, M).
+        """Whether unshifted exponentials overflow float32, or all underflow, in one of ``rows`` (B, H, M).
 
         Such a case tells kernels that do not subtract the maximum, even where it cannot tell weights apart.
         """
@@ -215,10 +223,13 @@ class SoftmaxProblem(Problem):
         s = arithmetic.midpoint(part.scores(arithmetic)).flatten().masked_fill(~seen, -torch.inf)
         p = torch.softmax(s, -1)
         weights, places = p.topk(min(3, count))
-        listed = ", ".join(f"key {j} (p = {w:.3g})" for w, j in zip(weights.tolist(), places.tolist(), strict=True))
+        listed = ", ".join(
+            f"key {j} (p = {w:.3g})" for w, j in zip(weights.tolist(), places.tolist(), strict=True)
+        )
         positions = seen.nonzero().flatten()
         span = f"keys {int(positions[0])}…{int(positions[-1])}" if count > 1 else f"key {int(positions[0])}"
-        return f"row (batch {b}, head {h}, query {i}) sees {count} of {len(seen)} keys ({span}); most weight: {listed}"
+        where = f"row (batch {b}, head {h}, query {i})"
+        return f"{where} sees {count} of {len(seen)} keys ({span}); most weight: {listed}"
 
 
 def visible(
@@ -321,7 +332,12 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _number(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or math.isnan(value)
+        or abs(value) == float("inf")
+    ):
         raise ContractError(f"{argument}={value!r}; the contract asks for a finite Python float")
     return float(value)
 
@@ -331,18 +347,26 @@ def _checked_tensors(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, t
         raise ContractError(f"softmax takes three tensors q, k, v; got {len(tensors)}")
     for name, tensor in zip("qkv", tensors, strict=True):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
-            got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ContractError(f"{name} has {got}; the contract asks for a tensor of 4 axes (batch, heads, length, width)")
+            got = (
+                f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            )
+            raise ContractError(
+                f"{name} has {got}; the contract asks for a tensor of 4 axes (batch, heads, length, width)"
+            )
         dtype_name(tensor.dtype, name)
     q, k, v = tensors
     if not q.dtype == k.dtype == v.dtype:
-        raise ContractError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; the contract asks for one dtype")
+        raise ContractError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; the contract asks for one dtype"
+        )
     if k.shape[:3] != v.shape[:3]:
         raise ContractError(
             f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; batch, heads and length must be the same"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ContractError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; batch and width must be the same")
+        raise ContractError(
+            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; batch and width must be the same"
+        )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ContractError(f"q has {q.shape[1]} heads and k {k.shape[1]}; H must be a multiple of G")
     return q, k, v
@@ -363,12 +387,16 @@ def _checked_bias(bias: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
     if bias is None:
         return None
     if not isinstance(bias, torch.Tensor):
-        raise ContractError(f"bias is {type(bias).__name__}; the contract asks for a tensor broadcastable to {shape}")
+        raise ContractError(
+            f"bias is {type(bias).__name__}; the contract asks for a tensor broadcastable to {shape}"
+        )
     dtype_name(bias.dtype, "bias")
     try:
         return bias.expand(shape)
     except RuntimeError:
-        raise ContractError(f"bias has shape {tuple(bias.shape)}; it must broadcast to (B, H, M, N) = {shape}") from None
+        raise ContractError(
+            f"bias has shape {tuple(bias.shape)}; it must broadcast to (B, H, M, N) = {shape}"
+        ) from None
 
 
 def _checked_sinks(sinks: Any, heads: int) -> torch.Tensor | None:
@@ -376,7 +404,9 @@ def _checked_sinks(sinks: Any, heads: int) -> torch.Tensor | None:
         return None
     if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (heads,):
         got = f"shape {tuple(sinks.shape)}" if isinstance(sinks, torch.Tensor) else type(sinks).__name__
-        raise ContractError(f"sinks has {got}; the contract asks for one logit a query head, shape ({heads},)")
+        raise ContractError(
+            f"sinks has {got}; the contract asks for one logit a query head, shape ({heads},)"
+        )
     dtype_name(sinks.dtype, "sinks")
     return sinks
 

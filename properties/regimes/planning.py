@@ -93,6 +93,18 @@ def plan(
     causal_alignment: str = ...,
     thorough: Literal[True],
 ) -> Iterator[Case]: ...
+@overload
+def plan(
+    family: str,
+    *,
+    dtypes: Sequence[str],
+    options: Sequence[str] = ...,
+    supports: Supports = ...,
+    budget: int,
+    seed: int = ...,
+    causal_alignment: str = ...,
+    thorough: bool,
+) -> list[Case] | Iterator[Case]: ...
 def plan(
     family: str,
     *,
@@ -144,7 +156,7 @@ class _Planner:
     ) -> None:
         self.family, self.dtypes, self.options, self.supports = family, dtypes, options, supports
         self.seed, self.causal_alignment, self.regimes = seed, causal_alignment, regimes
-        self.random = random.Random(f"plan {seed}")  # noqa: S311  (not for secrets)
+        self.random = random.Random(f"plan {seed}")
         self.views = [v for v in VIEWS if not supports.last_stride_one or unit_last_stride(v, self._axes)]
         self.made = 0
         self.turns: dict[str, int] = {}

@@ -1,1 +1,1 @@
-
+"""Templates, styles and scripts of the HTML report."""

@@ -61,7 +61,7 @@ def time_interpreter() -> None:
     module = _flash()
     for length, dim, tile in SIZES:
         q, k, v = _inputs(length, dim)
-        seconds = best_of(lambda: module.flash(q, k, v, tile=tile), 3)  # noqa: B023  (called at once)
+        seconds = best_of(lambda: module.flash(q, k, v, tile=tile), 3)
         print(json.dumps(seconds), flush=True)
 
 
@@ -81,7 +81,7 @@ def test_speed_against_tritons_interpreter(benchmark: Any, capsys: Any) -> None:
     with emulate("sm_90"):
         for length, dim, tile in SIZES:
             q, k, v = _inputs(length, dim)
-            emulated.append(best_of(lambda: module.flash(q, k, v, tile=tile), 7))  # noqa: B023
+            emulated.append(best_of(lambda: module.flash(q, k, v, tile=tile), 7))
         q, k, v = _inputs(512, 64)
         benchmark.pedantic(lambda: module.flash(q, k, v, tile=64), rounds=5, warmup_rounds=1)
     interpreted = _interpreter_seconds()

@@ -276,17 +276,19 @@ def test_fma_rounds_once() -> None:
     assert (out == 2.0**-24).all()
 
 
-def test_fma_has_no_double_rounding() -> None:
-    # Just above a float32 tie by an amount that float64 cannot hold beside it: two roundings would fall on
-    # the even side.
-    x, z = torch.full((16,), 1 + 2.0**-23), torch.full((16,), 2.0**-24 + 2.0**-60)
-    y = torch.ones(16)
+@pytest.mark.parametrize(
+    ("x", "y", "z", "expected"),
+    [
+        (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-60, 1 + 2.0**-11 + 2.0**-23),
+        (1 + 2.0**-12, 1 + 3 * 2.0**-12, -(2.0**-60), 1 + 2.0**-10 + 2.0**-23),
+    ],
+)
+def test_fma_has_no_double_rounding(x: float, y: float, z: float, expected: float) -> None:
+    # The product is a float32 tie; what decides it is too small for float64 to hold beside it.
     out = torch.empty(16)
     with emulate("sm_90"):
-        fma_kernel[(1,)](x, y, z, out, False, 16)
-    assert (out == 1 + 2 * 2.0**-23).all()
-    exact = (x.double() * y.double() + z.double()).float()
-    assert (exact == 1 + 2 * 2.0**-23).all()
+        fma_kernel[(1,)](*(torch.full((16,), value) for value in (x, y, z)), out, False, 16)
+    assert (out == expected).all()
 
 
 def test_clamp() -> None:

@@ -26,7 +26,7 @@ def triangle_kernel(p_o, p_last, n, B: tl.constexpr):
 def nested_kernel(p_o, n):
     i_p = tl.program_id(0)
     total = 0
-    for i in range(0, i_p):
+    for i in range(i_p):
         if i % 3 == i_p % 3:
             for j in range(i, n):
                 total += j * (i_p + 1)
@@ -91,7 +91,7 @@ def pointer_loop_kernel(p_x, p_o, stride, n, B: tl.constexpr):
     i_p = tl.program_id(0)
     p_row = p_x + i_p * B + tl.arange(0, B)
     b_s = tl.zeros([B], tl.float32)
-    for _ in range(0, n - i_p):
+    for _ in range(n - i_p):
         b_s += tl.load(p_row)
         p_row += stride
     tl.store(p_o + i_p * B + tl.arange(0, B), b_s)

@@ -43,6 +43,16 @@ def tile_kernel(
 
 
 @triton.jit
+def indirect_kernel(p_x, p_index, p_o, stride, M: tl.constexpr, N: tl.constexpr):
+    i_p = tl.program_id(0)
+    o_m, o_n = tl.arange(0, M), tl.arange(0, N)
+    o_tile = o_m[:, None] * N + o_n[None, :]
+    b_index = tl.load(p_index + o_tile)
+    o_row = i_p * stride + o_m
+    tl.store(p_o + i_p * M * N + o_tile, tl.load(p_x + o_row[:, None] + b_index))
+
+
+@triton.jit
 def choose_kernel(p_x, p_y, p_o, B: tl.constexpr):
     i_p = tl.program_id(0)
     o = tl.arange(0, B)
@@ -163,6 +173,30 @@ def test_masked_out_addresses_are_not_checked() -> None:
     copy(torch.zeros(32), out, 32, 20)
 
 
+def test_an_access_without_active_elements_touches_nothing() -> None:
+    out = torch.zeros(32)
+    copy(torch.zeros(32), out, 0, 32, shift=1 << 20)
+    assert torch.equal(out, torch.full((32,), -1.0))
+
+
+def test_rows_stored_at_any_distance() -> None:
+    x = torch.randn(32, 32)
+    padded = torch.zeros(32, 40)
+    with emulate():
+        tile_kernel[(2, 2)](x, padded, 32, 32, 32, 1, 40, 1, 16, 16, False)
+    assert torch.equal(padded, torch.cat([x, torch.zeros(32, 8)], 1))
+
+
+def test_offsets_that_vary_along_a_contiguous_axis_too() -> None:
+    x = torch.randn(3 * 64 + 300)
+    index = torch.randint(0, 200, (16, 8), dtype=torch.int32)
+    out = torch.empty(3, 16, 8)
+    with emulate():
+        indirect_kernel[(3,)](x, index, out, 64, 16, 8)
+    rows = torch.arange(16)[:, None] + index
+    assert torch.equal(out, torch.stack([x[p * 64 + rows] for p in range(3)]))
+
+
 def test_bounds_are_those_of_a_views_storage() -> None:
     base = torch.arange(64.0)
     out = torch.empty(32)
@@ -231,7 +265,7 @@ def heavy_kernel(p_x, p_o, B: tl.constexpr):
     o = tl.arange(0, B)
     b_x = tl.load(p_x + i_p * B + o)
     b_s = b_x[:, None] * b_x[None, :]
-    for i in range(0, i_p % 4):
+    for i in range(i_p % 4):
         b_s += tl.exp2(b_s * 0.01) * i
     tl.store(p_o + i_p * B + o, tl.sum(b_s, 1))
 

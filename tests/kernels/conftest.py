@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "attnproof-test-triton"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "attnproof-test-triton"))
 
 import pytest
 import torch
+
+from attnproof.emulator import emulate
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,5 @@ def _quiet_torch() -> Iterator[None]:
 @pytest.fixture
 def emulated() -> Iterator[None]:
     """Kernels run in the emulator, as on an H100; fresh outputs hold NaN until they are written."""
-    from attnproof.emulator import emulate
-
     with emulate("sm_90"):
         yield

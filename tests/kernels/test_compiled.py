@@ -1,7 +1,8 @@
-"""What the kernels become on real targets: matrix instructions where they belong, and no register spilled to memory.
+"""What the kernels become on real targets: matrix instructions where they belong, and no register spilled to
+memory.
 
-This is the measurement behind :func:`attnproof.kernels.tiles.tiles_for`; it takes about a minute and a half on two
-cores, because every kernel is compiled to its binary by the assemblers in Triton's wheel.
+This is the measurement behind :func:`attnproof.kernels.tiles.tiles_for`; it takes about a minute and a half
+on two cores, because every kernel is compiled to its binary by the assemblers in Triton's wheel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfm
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def inputs(dtype: torch.dtype, width: int, queries: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    dtype: torch.dtype, width: int, queries: int = 64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k = torch.zeros(1, 2, queries, width, dtype=dtype), torch.zeros(1, 2, 64, width, dtype=dtype)
     return q, k, k.clone()
 
@@ -36,17 +39,27 @@ def every_option(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def assert_no_spills(entry: Any, args: tuple[torch.Tensor, ...], options: dict[str, Any], target: str) -> list[Any]:
-    compiled = compile_launches(entry, args, options, [target])
+def assert_no_spills(
+    entry: Any, args: tuple[torch.Tensor, ...], options: dict[str, Any], target: str
+) -> list[Any]:
+    compiled: list[Any] = compile_launches(entry, args, options, [target])
     for kernel in compiled:
-        assert kernel.spill_bytes == 0, f"{kernel.kernel} on {target}: {kernel.spill_bytes} bytes spilled: {kernel}"
+        assert kernel.spill_bytes == 0, (
+            f"{kernel.kernel} on {target}: {kernel.spill_bytes} bytes spilled: {kernel}"
+        )
     return compiled
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("dtype", "width"),
-    [(torch.float32, 64), (torch.float32, 128), (torch.float16, 64), (torch.float16, 128), (torch.bfloat16, 128)],
+    [
+        (torch.float32, 64),
+        (torch.float32, 128),
+        (torch.float16, 64),
+        (torch.float16, 128),
+        (torch.bfloat16, 128),
+    ],
     ids=str,
 )
 def test_attention(dtype: torch.dtype, width: int, target: str) -> None:

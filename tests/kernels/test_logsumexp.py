@@ -17,7 +17,7 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 
 
 def assert_exact(x: Tensor) -> None:
-    """Within the rounding of the result, of the sum of N terms, and of exp, whose argument is rounded (HW-2)."""
+    """Within the rounding of the result, of the sum of N terms, and of exp and its argument (HW-2)."""
     want = x.double().logsumexp(-1)
     y = logsumexp(x)
     assert y.dtype == x.dtype
@@ -33,13 +33,18 @@ def assert_exact(x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(1,), (7,), (1, 1), (3, 5), (5, 2), (2, 3, COLUMNS - 1), (4, COLUMNS), (6, COLUMNS + 1), (3, 4 * COLUMNS + 13), (2, 2, 0), (0, 5)],
+    [
+        (1,), (7,), (1, 1), (3, 5), (5, 2), (2, 2, 0), (0, 5),
+        (2, 3, COLUMNS - 1), (4, COLUMNS), (6, COLUMNS + 1), (3, 4 * COLUMNS + 13),
+    ],
 )  # fmt: skip
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if shape[-1]:
         assert_exact((3 * torch.randn(shape)).to(dtype))
     else:
-        assert torch.equal(logsumexp(torch.empty(shape, dtype=dtype)), torch.full(shape[:-1], -math.inf, dtype=dtype))
+        assert torch.equal(
+            logsumexp(torch.empty(shape, dtype=dtype)), torch.full(shape[:-1], -math.inf, dtype=dtype)
+        )
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)

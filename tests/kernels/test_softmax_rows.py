@@ -19,7 +19,7 @@ TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**
 
 
 def assert_exact(x: Tensor) -> None:
-    """Relative error of each entry: the rounding of x − m and of exp's argument, the sum of N terms, the quotient."""
+    """Relative error of each entry: rounding of x − m and of exp's argument, sum of N terms, quotient."""
     want = torch.softmax(x.double(), -1).nan_to_num(0.0)
     y = softmax_rows(x)
     assert y.dtype == x.dtype
@@ -36,7 +36,10 @@ def assert_exact(x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(1,), (7,), (1, 1), (3, 5), (5, 2), (2, 3, COLUMNS - 1), (4, COLUMNS), (6, COLUMNS + 1), (3, 4 * COLUMNS + 13), (2, 2, 0), (0, 5)],
+    [
+        (1,), (7,), (1, 1), (3, 5), (5, 2), (2, 2, 0), (0, 5),
+        (2, 3, COLUMNS - 1), (4, COLUMNS), (6, COLUMNS + 1), (3, 4 * COLUMNS + 13),
+    ],
 )  # fmt: skip
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_exact((3 * torch.randn(shape)).to(dtype))

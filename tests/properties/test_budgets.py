@@ -1,7 +1,7 @@
 """The certain budget covers every algorithm whose roundings are declared, and no algorithm that rounds more.
 
-Each algorithm below is softmax attention with float32 (or declared) steps in another order; all are written from the
-formula, apart from ``attnproof.properties``. The regimes are those in which the orders differ most.
+Each algorithm below is softmax attention with float32 (or declared) steps in another order; all are written
+from the formula, apart from ``attnproof.properties``. The regimes are those in which the orders differ most.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ Algorithm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Te
 PLAIN = Precision()
 # Operands that are the inputs as they are, not scaled and rounded again.
 UNSCALED = Precision(matmul_input="ieee")
-REGIMES = ("normal", "near-uniform", "one-hot", "ascending", "descending", "offset-1e3", "tied", "one-sign-values")
+REGIMES = (
+    "normal",
+    "near-uniform",
+    "one-hot",
+    "ascending",
+    "descending",
+    "offset-1e3",
+    "tied",
+    "one-sign-values",
+)
 
 
 def two_pass(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -49,13 +58,16 @@ def division_free(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
 def base_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     constant = torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
     s = q.float() @ k.float().mT
-    # The product with the maximum is rounded apart from the product with the score, as in a fused multiply-add.
+    # The product with the maximum is rounded apart from the product with the score, as in a fused
+    # multiply-add.
     p = torch.exp2((s * constant) - (s.amax(-1, keepdim=True) * constant))
     return ((p.to(v.dtype).float() @ v.float()) / p.sum(-1, keepdim=True)).to(q.dtype)
 
 
 def scaled_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return base_two_of_scores((q.float() * (scale * math.log2(math.e))).to(q.dtype).float() @ k.float().mT, v, q.dtype)
+    return base_two_of_scores(
+        (q.float() * (scale * math.log2(math.e))).to(q.dtype).float() @ k.float().mT, v, q.dtype
+    )
 
 
 def scaled_both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -147,9 +159,7 @@ def prepared(regime: str, dtype: str, n: int, precision: Precision) -> tuple[Inp
     return inputs, exact["o"].value, problem.budgets(exact, contract)["o"]
 
 
-def ratio(
-    algorithm: Algorithm, regime: str, dtype: str, precision: Precision = PLAIN, n: int = 100
-) -> float:
+def ratio(algorithm: Algorithm, regime: str, dtype: str, precision: Precision = PLAIN, n: int = 100) -> float:
     """Worst error/certain of an algorithm in a regime."""
     inputs, exact, budget = prepared(regime, dtype, n, precision)
     got = algorithm(*inputs.tensors.values(), inputs.options["scale"]).double()
@@ -202,14 +212,20 @@ FORBIDDEN: dict[str, tuple[Algorithm, str, Precision]] = {
     "accumulator in float16": (low_accumulator, "float16", PLAIN),
     "tf32 inputs undeclared": (tf32_inputs, "float32", PLAIN),
     "scale 1 % too large": (lambda q, k, v, scale: two_pass(q, k, v, scale * 1.01), "float32", PLAIN),
-    "last key dropped": (lambda q, k, v, scale: two_pass(q, k[..., :-1, :], v[..., :-1, :], scale), "float16", PLAIN),
+    "last key dropped": (
+        lambda q, k, v, scale: two_pass(q, k[..., :-1, :], v[..., :-1, :], scale),
+        "float16",
+        PLAIN,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_certain_is_exceeded_by_roundings_that_are_not_declared(name: str) -> None:
     algorithm, dtype, precision = FORBIDDEN[name]
-    worst = {(regime, n): ratio(algorithm, regime, dtype, precision, n) for regime in REGIMES for n in (100, 600)}
+    worst = {
+        (regime, n): ratio(algorithm, regime, dtype, precision, n) for regime in REGIMES for n in (100, 600)
+    }
     assert max(worst.values()) > 1.0, worst
 
 
@@ -239,7 +255,9 @@ def test_budgets_grow_with_every_looser_declaration() -> None:
 
 
 def test_rows_that_one_key_dominates_allow_one_rounding_only() -> None:
-    case = Case("softmax", "float32", {"B": 1, "H": 1, "G": 1, "M": 8, "N": 64, "D": 16, "E": 8}, "representable")
+    case = Case(
+        "softmax", "float32", {"B": 1, "H": 1, "G": 1, "M": 8, "N": 64, "D": 16, "E": 8}, "representable"
+    )
     inputs = make_inputs(case)
     problem = FAMILIES["softmax"].problem(*inputs.tensors.values(), scale=inputs.options["scale"])
     contract = Contract("softmax")

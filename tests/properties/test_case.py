@@ -270,7 +270,7 @@ def test_strategies_keep_to_what_a_kernel_supports(data: st.DataObject) -> None:
 
 def test_cases_shrink_to_a_description_of_the_defect() -> None:
     """A kernel that is wrong for more than 16 keys under a causal mask shrinks to just that."""
-    from hypothesis import find  # noqa: PLC0415
+    from hypothesis import find
 
     case = find(
         cases("softmax", options=ALL_OPTIONS),

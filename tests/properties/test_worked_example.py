@@ -1,4 +1,7 @@
-"""The worked example of the first source article: both of its last steps are refuted, and the checks can say otherwise."""
+"""The worked example of the first source article.
+
+Both of its last steps are refuted, and the checks can say otherwise.
+"""
 
 from __future__ import annotations
 

@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnproof.reports import html
-from attnproof.reports.record import Event, Finding, RunFinished, Series
+from attnproof.reports.record import CaseJudged, Event, Finding, RunFinished, Series
+from attnproof.reports.series import series_chart
 from tests.reports.event_strategies import events as any_event
 from tests.reports.synthetic import HOSTILE, build_events
 
@@ -81,6 +83,16 @@ def test_text_of_the_record_is_never_markup(page: Page) -> None:
     assert handlers == []
 
 
+def test_names_in_chart_data_are_never_markup(tmp_path: Path) -> None:
+    event = next(event for event in build_events(60) if isinstance(event, CaseJudged) and event.outputs)
+    hostile = msgspec.structs.replace(
+        event, kernel=HOSTILE, case=msgspec.structs.replace(event.case, regime=HOSTILE, id=HOSTILE)
+    )
+    page = Page(html.render([hostile], tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.unbalanced == [] and page.count("script") == 3
+    assert json.loads(page.json)["data"]["cells"]["kernel"] == [HOSTILE] * 2
+
+
 def test_nothing_is_fetched(page: Page) -> None:
     for _, attributes in page.elements:
         for name in ("src", "href", "action", "poster", "srcset"):
@@ -93,7 +105,9 @@ def test_nothing_is_fetched(page: Page) -> None:
 
 
 def test_tables_are_whole_and_figures_are_there(page: Page, source: str) -> None:
-    rows = re.findall(r"<tr[ >].*?</tr>", source.split('<script type="application/json"')[0], re.DOTALL)
+    rows = re.findall(
+        r"<tr[ >].*?</tr>", source.split('<script type="application/json"', maxsplit=1)[0], re.DOTALL
+    )
     widths = Counter(len(re.findall(r"<t[hd][ >]", row)) for row in rows)
     # A table has rows of one width: kernels and cells 12, remarks 5 or 6, figures of findings 2 or 3.
     assert set(widths) == {12, 5, 6, 2, 3}
@@ -113,8 +127,8 @@ def test_the_summary_comes_first(page: Page) -> None:
 
 
 def test_listed_failures_stand_apart(source: str) -> None:
-    unexpected = source.split('id="failures"')[1].split("</section>")[0]
-    listed = source.split('id="listed"')[1].split("</section>")[0]
+    unexpected = source.split('id="failures"')[1].split("</section>", maxsplit=1)[0]
+    listed = source.split('id="listed"')[1].split("</section>", maxsplit=1)[0]
     assert "delta.chunked" in unexpected and "examples." not in unexpected
     assert "examples.no_max" in listed and "delta.chunked" not in listed
 
@@ -154,6 +168,35 @@ def test_chart_data_is_strict_json(page: Page) -> None:
     assert {a["data-source"] for _, a in page.elements if "data-source" in a} == set(held["data"])
 
 
+def test_a_series_is_drawn_on_the_axes_that_it_asks_for() -> None:
+    columns: dict[str, list[Any]] = {"x": [0.0, 1.0, 1000.0], "y": [1.0, 2.0, 3.0], "g": ["a", "b", "b"]}
+    chart = series_chart(Series("s", "line", columns, "x", "y", "g", ("x",)), "series0")
+    assert chart is not None
+    spec, rows = chart
+    encoding = spec["layer"][0]["encoding"]
+    assert encoding["x"]["scale"]["type"] == "log" and "type" not in encoding["y"]["scale"]
+    assert [encoding[name]["field"] for name in ("x", "y", "color")] == ["c0", "c1", "c2"]
+    assert rows == {"c0": [None, 1.0, 1000.0], "c1": [1.0, 2.0, 3.0], "c2": ["a", "b", "b"]}
+
+
+def test_a_histogram_counts_every_finite_value_once_and_keeps_its_thresholds() -> None:
+    values = [0.1, 0.2, 0.2, 0.9, math.nan, math.inf]
+    columns: dict[str, list[Any]] = {
+        "x": values,
+        "g": ["a", "a", "b", "b", "b", "b"],
+        "threshold": [2.0, 2.0, 3.0, 3.0, 3.0, 4.0],
+    }
+    chart = series_chart(Series("s", "histogram", columns, "x", "cases", "g"), "series0")
+    assert chart is not None
+    rows = chart[1]
+    counts = {
+        group: sum(n for n, g in zip(rows["c1"], rows["c2"], strict=True) if g == group) for group in "ab"
+    }
+    assert counts == {"a": 2, "b": 2}
+    held = {(g, t) for g, t in zip(rows["c2"], rows["c3"], strict=True) if t is not None}
+    assert held == {("a", 2.0), ("b", 3.0), ("b", 4.0)}
+
+
 @settings(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
@@ -186,6 +229,6 @@ def test_any_series_is_shown(tmp_path: Path, columns: dict[str, list[Any]]) -> N
         for chart in ("line", "scatter", "histogram", "table", "of a later version")
         for log in ((), ("x", "y"))
     )
-    record = [Finding("f", "held up", "s", "", "", series), RunFinished("PASS", 0, 1.0)]
+    record: list[Event] = [Finding("f", "held up", "s", "", "", series), RunFinished("PASS", 0, 1.0)]
     page = Page(html.render(record, tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.unbalanced == [] and page.count("figure") == len(series)

@@ -124,6 +124,16 @@ def test_the_failure_shown_is_the_smallest_with_a_script(events: list[Event]) ->
     assert group.case_ids[0] == group.case.id
 
 
+def test_a_script_is_preferred_to_a_smaller_case(events: list[Event]) -> None:
+    large = next(event for event in judged(events) if event.failures and event.failures[0].script)
+    case = msgspec.structs.replace(large.case, id="small", shape={"N": 1})
+    bare = msgspec.structs.replace(large.failures[0], script="")
+    small = msgspec.structs.replace(large, case=case, failures=(bare,))
+    for record in ([small, large], [large, small]):
+        (group,) = summarize(record).failures
+        assert group.count == 2 and group.failure.script and group.case.id == large.case.id
+
+
 def test_a_failure_without_a_reason_is_not_lost(events: list[Event]) -> None:
     bare = msgspec.structs.replace(judged(events)[0], verdict="FAIL", failures=())
     (group,) = summarize([bare]).unexpected_failures

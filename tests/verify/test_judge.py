@@ -15,7 +15,9 @@ SHAPE = {"B": 1, "H": 2, "G": 1, "M": 12, "N": 20, "D": 16, "E": 8}
 CAUSAL = (("causal", True), ("return_lse", True))
 
 
-def trial(regime: str = "normal", dtype: str = "float16", contract: Contract | None = None, **shape: int) -> Trial:
+def trial(
+    regime: str = "normal", dtype: str = "float16", contract: Contract | None = None, **shape: int
+) -> Trial:
     case = Case("softmax", dtype, SHAPE | shape, regime, CAUSAL)
     return prepare(case, contract or Contract("softmax", options=("causal", "return_lse")))
 
@@ -23,7 +25,11 @@ def trial(regime: str = "normal", dtype: str = "float16", contract: Contract | N
 def rounded(found: Trial) -> dict[str, torch.Tensor]:
     """The exact outputs, rounded once."""
     dtypes = {"o": found.case.torch_dtype, "lse": torch.float32}
-    return {name: exact.value.to(dtypes[name]) for name, exact in found.reference.outputs.items() if name in dtypes}
+    return {
+        name: exact.value.to(dtypes[name])
+        for name, exact in found.reference.outputs.items()
+        if name in dtypes
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -125,7 +131,9 @@ def test_the_mean_of_v_passes_only_where_the_case_says_that_it_is_vacuous() -> N
         outputs = rounded(found)
         outputs["o"] = ((seen / seen.sum(-1, keepdim=True)) @ values).half()
         judgement = found.judge({"o": outputs["o"]})
-        assert (judgement.verdict == "PASS") == any(r.startswith("accuracy") for r in judgement.vacuous), regime
+        assert (judgement.verdict == "PASS") == any(r.startswith("accuracy") for r in judgement.vacuous), (
+            regime
+        )
 
 
 def test_overflow_of_the_output_is_asked_for_and_nothing_else() -> None:

@@ -29,8 +29,7 @@ from attnproof.emulator.syntax import Function, parse
 from attnproof.emulator.types import Type
 from attnproof.emulator.values import Descriptor, Pointer, Value
 
-# Live values of one batch are kept to about this many bytes: larger batches leave the caches and gain nothing
-# (measured with tests/benchmarks/test_emulator_speed.py: 8 MiB 1.0, 2 MiB 1.1, 64 MiB 1.3 times the time).
+# Live values of one batch are kept to about this many bytes, so that they stay within a core's caches.
 _BATCH_BYTES = 8 << 20
 
 

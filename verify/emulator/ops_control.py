@@ -11,7 +11,6 @@ from attnproof.emulator.machine import Context, RegionCode, Registers, restrict,
 from attnproof.emulator.syntax import Block, Op, Region
 from attnproof.emulator.values import Value, first_programs, join_programs, last_programs, take_programs
 
-
 # A loop that goes on for longer than this over one batch of programs is taken for one that never ends.
 _MAX_WHILE_STEPS = 1 << 20
 

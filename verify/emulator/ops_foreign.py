@@ -228,7 +228,7 @@ def _inline_asm(op: Op, low: Lowering) -> Run:
 def _immediate(text: str) -> Tensor:
     """A PTX literal: `0f3F800000` is a float by its bits."""
     if text.lower().startswith("0f"):
-        bits = int(text[2:], 16)
+        bits = int(text.lower().removeprefix("0f"), 16)
         return torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32)
     if re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", text):
         return torch.tensor([int(text, 0)], dtype=torch.int32)
@@ -261,7 +261,7 @@ def _print(op: Op, low: Lowering) -> Run:
         for position in range(context.count):
             shown = [v.addresses() if isinstance(v, Pointer) else v for v in values]
             text = ", ".join(str(v[position if v.shape[0] > 1 else 0].tolist()) for v in shown)
-            print(f"pid {context.coordinates(position)}{prefix}{text}")  # noqa: T201  (it is what the kernel asks for)
+            print(f"pid {context.coordinates(position)}{prefix}{text}")
         return ()
 
     return run

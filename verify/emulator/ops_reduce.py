@@ -12,7 +12,6 @@ from attnproof.emulator.machine import Context, Registers, run_region
 from attnproof.emulator.syntax import Op
 from attnproof.emulator.values import Value, broadcast, common_shape, full
 
-
 Combine = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 Reduction = Callable[[Tensor, int], Tensor]
 
@@ -22,7 +21,7 @@ def _sum(x: Tensor, axis: int) -> Tensor:
 
 
 def _dropping_nan(reduce: Reduction, replacement: float) -> Reduction:
-    """amax and amin keep a NaN; maxnumf and minnumf drop it unless there is nothing else."""
+    """Amax and amin keep a NaN; maxnumf and minnumf drop it unless there is nothing else."""
 
     def run(x: Tensor, axis: int) -> Tensor:
         result = reduce(x, axis)

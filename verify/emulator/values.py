@@ -15,7 +15,6 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-
 T = TypeVar("T")
 
 
