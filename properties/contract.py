@@ -59,7 +59,9 @@ class Precision:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        allowed = dict.fromkeys(("scores", "probabilities", "dscores", "lse", "state", "output"), _STORAGE)
+        allowed: dict[str, tuple[str, ...]] = dict.fromkeys(
+            ("scores", "probabilities", "dscores", "lse", "state", "output"), _STORAGE
+        )
         allowed["matmul_input"] = ("ieee", *_STORAGE)
         allowed["accumulate"] = ("truncated", "float64", "float32", "bfloat16", "float16")
         for name, choices in allowed.items():

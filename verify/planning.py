@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -128,7 +129,7 @@ def default_plan(
             seed=seed,
             thorough=thorough,
         )
-        planned.append((subject, list(cases)[:budget] if thorough else list(cases)))
+        planned.append((subject, list(itertools.islice(cases, budget))))
     return planned
 
 

@@ -189,7 +189,18 @@ def test_library_functions(op: str, f: object) -> None:
     assert torch.allclose(out, f(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["interleave", "cat", "split", "gather", "permute", "constant"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "interleave",
+        # Triton 3.9 announces that 3.10 drops the reordering form.
+        pytest.param("cat", marks=pytest.mark.filterwarnings("ignore:.*can_reorder")),
+        "split",
+        "gather",
+        "permute",
+        "constant",
+    ],
+)
 def test_shapes(op: str) -> None:
     x, y, out = torch.randn(16), torch.randn(16), torch.empty(32)
     with emulate():

@@ -26,6 +26,13 @@ def _quiet_torch() -> Iterator[None]:
 
 @pytest.fixture
 def emulated() -> Iterator[None]:
-    """Kernels run in the emulator, as on an H100; fresh outputs hold NaN until they are written."""
+    """Kernels run in the emulator, as on an H100; fresh outputs hold NaN until they are written.
+
+    With ATTNPROOF_DEVICE=cuda (nox session ``gpu``) they run on the GPU instead: tensors are made there.
+    """
+    if os.environ.get("ATTNPROOF_DEVICE") == "cuda":
+        with torch.device("cuda"):
+            yield
+        return
     with emulate("sm_90"):
         yield
