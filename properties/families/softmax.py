@@ -156,9 +156,9 @@ class SoftmaxProblem(Problem):
         )
 
     def fixed(self, output: str) -> dict[float, torch.Tensor]:
-        """Lse is −inf where the normaliser is empty."""
-        if output != "lse":
-            return {}
+        """o is exactly 0 where no key is seen, lse is −inf where the normaliser is empty."""
+        if output == "o":
+            return {0.0: broadcast_mask(self.keyless(), self.shape("o"))}
         empty = self.keyless()
         if self.sink_present is not None:
             empty = empty & ~self.sink_present.reshape(1, -1, 1)

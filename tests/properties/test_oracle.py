@@ -1,4 +1,4 @@
-"""attnproof.reference: certified to what is asked, by the cheapest arithmetic, with errors that name the argument."""
+"""attnproof.reference: certified to what is asked, with errors that name the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thresholds: how they are fitted, that healthy implementations stay below them, that wrong ones do not."""
+"""The thresholds: how they are fitted, and that healthy implementations stay below them."""
 
 from __future__ import annotations
 

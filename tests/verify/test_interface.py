@@ -1,4 +1,4 @@
-"""attnproof.check and attnproof.verify on callables of every kind, in both layouts, with what they declare."""
+"""attnproof.check and attnproof.verify on callables of every kind, with what they declare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def checked(fn: object, case: attnproof.Case = CASE, **declared: object) -> attn
 
 def test_functions_closures_and_lambdas_are_judged() -> None:
     assert checked(attention).verdict == "PASS"
-    assert checked(lambda *tensors, **options: attention(*tensors, **options)).verdict == "PASS"
+    assert (
+        checked(lambda q, k, v, scale, causal: attention(q, k, v, scale=scale, causal=causal)).verdict
+        == "PASS"
+    )
     factor = 1.05
     wrong = checked(lambda q, k, v, scale, causal: attention(q, k, v, scale=scale * factor, causal=causal))
     assert wrong.verdict == "FAIL"
@@ -117,7 +120,7 @@ def test_bad_arguments_are_named(call: object, words: str) -> None:
 
 
 def test_a_case_that_is_none_is_refused() -> None:
-    with pytest.raises(attnproof.CaseError, match="7|parts|FAMILY"):
+    with pytest.raises(attnproof.CaseError, match="expected FAMILY"):
         attnproof.check(attention, "softmax:float16")
     with pytest.raises(attnproof.CaseError, match="int"):
         attnproof.check(attention, 3)  # type: ignore[arg-type]
