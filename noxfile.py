@@ -68,13 +68,13 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    """mypy --strict on the installed wheel, as a user's own type checker sees it."""
-    session.install(*CONSTRAINTS, "build", "mypy>=1.11")
+    """The installed wheel, from another folder: mypy --strict, and a small run that needs its data files."""
+    session.install(*CONSTRAINTS, "mypy>=1.11")
     install(session, editable=False)
     configuration = Path("pyproject.toml").resolve()
-    # From another folder, so that the package is the installed one and not this checkout.
     with session.chdir(session.create_tmp()):
         session.run("mypy", "--strict", "--config-file", str(configuration), "-p", "attnproof")
+        session.run("attnproof", "verify", "--family", "logsumexp", "--examples", "24", "--no-progress")
 
 
 @nox.session

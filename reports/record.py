@@ -29,6 +29,8 @@ __all__ = [
     "RunFinished",
     "RunStarted",
     "Series",
+    "decode_event",
+    "encode_event",
     "read_record",
 ]
 

@@ -21,7 +21,7 @@ from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.budgets.base import EXP_OVERFLOW, EXP_UNDERFLOW
 from attnproof.properties.budgets.softmax import attention_budgets
 from attnproof.properties.contract import Contract, ContractError
-from attnproof.properties.families.base import Budget, Family, Problem, dtype_name
+from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask, dtype_name
 
 __all__ = ["SOFTMAX", "SoftmaxProblem", "visible"]
 
