@@ -43,7 +43,9 @@ def evaluate(problem: Problem, arithmetic: Arithmetic[Any], gauges: bool = False
         found = arithmetic.enclosure(value)
         centre, radius = found.value.reshape(shape), found.radius.reshape(shape)
         known = centre.isfinite() & ~radius.isnan()
-        centre, radius = torch.where(known, centre, 0.0), torch.where(known, radius, torch.inf)
+        # Contiguous, since rows that escalate are written in place.
+        centre = torch.where(known, centre, 0.0).contiguous()
+        radius = torch.where(known, radius, torch.inf).contiguous()
         if name == output:
             for limit, where in problem.fixed(output).items():
                 centre, radius = centre.masked_fill(where, limit), radius.masked_fill(where, 0.0)

@@ -50,8 +50,8 @@ _QUANTILE = 0.8
 _FEWEST = 24
 _RECORD = "calibration.jsonl.gz"
 # (row, output, bias) below which no threshold goes, however accurate the implementations of the sample were:
-# a kernel that makes every declared rounding has an rms of 1 by construction of the budget, and the largest of
-# some thousand rows of one element reaches 5.
+# a kernel that makes every declared rounding has an rms of 1 by construction of the budget, and the largest
+# of some thousand rows of one element reaches 5.
 _LEAST = {"wide": (3.0, 2.0, 1.0), "narrow": (5.5, 2.0, 1.0)}
 
 

@@ -19,7 +19,7 @@ from attnproof.properties.case import Case, Inputs, make_inputs
 from attnproof.properties.contract import Contract, Precision
 from attnproof.properties.families import family_of
 from attnproof.properties.families.base import Budget, Family, Problem, Reference
-from attnproof.properties.oracle import certify
+from attnproof.properties.oracle import CertificationError, certify
 from attnproof.properties.regimes import REGIMES
 from attnproof.reports.record import Failure, OutputStatistics
 from attnproof.statistics import Deviation, deviation, thresholds_for
@@ -236,10 +236,16 @@ def prepare(case: Case, contract: Contract) -> Trial:
             finest = torch.minimum(budget.certain, budget.probable) * CERTIFIED_FRACTION
             # Where float64 cannot tell an accuracy apart (an exact zero) the smallest subnormal does.
             finest = finest.nan_to_num(0.0, posinf=torch.inf).clamp(min=2.0**-1000)
+            # Nor can a float64 centre be closer than its own rounding; the radius is taken off every error.
+            size = found[name].value.abs().nan_to_num(0.0, posinf=0.0)
+            finest = torch.maximum(finest, 2.0**-52 * size)
             asked[name] = torch.where(budget.open, torch.inf, finest)
         return asked
 
     reference = certify(problem, targets)
+    for name, budget in latest.items():
+        if bool((budget.certain.isnan() & ~budget.open).any()):
+            raise CertificationError(f"the budget of output {name} is not a number for case {case.id}")
     return Trial(case, contract, family, inputs, problem, reference, dict(latest))
 
 

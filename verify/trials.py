@@ -225,7 +225,7 @@ def _outputs(subject: Subject, trial: Trial, outcome: Returned) -> tuple[dict[st
         return {}, f"returned {value.type} ({value.text}); the contract asks for {_asked(names)}"
     values = value if isinstance(value, tuple) else (value,)
     wrong = len(values) != len(names) or any(not isinstance(item, torch.Tensor) for item in values)
-    if wrong or (len(names) > 1 and not isinstance(value, tuple)):
+    if wrong or isinstance(value, tuple) != (len(names) > 1):
         return {}, f"returned a {outcome.container} of {len(values)}; the contract asks for {_asked(names)}"
     outputs = {}
     for name, tensor in zip(names, values, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,11 +10,14 @@ import torch
 
 from attnproof.properties.contract import ContractError
 
-__all__ = ["EXP_OVERFLOW", "EXP_UNDERFLOW", "Budget", "broadcast_mask", "dtype_name"]
+__all__ = ["ASKED", "EXP_OVERFLOW", "EXP_UNDERFLOW", "Budget", "broadcast_mask", "dtype_name"]
 
 # exp overflows float32 above the first, and is below its smallest subnormal number under the second
 # (theory.md, Formats).
 EXP_OVERFLOW, EXP_UNDERFLOW = 88.73, -103.98
+
+ASKED = {"zero": 0.0, "nan": math.nan, "-inf": -math.inf, "+inf": math.inf}
+"""What a row without keys must give, by the contract's names; "undefined" asks nothing."""
 
 _NAMES = {
     torch.float16: "float16",

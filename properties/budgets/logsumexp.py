@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
-from attnproof.properties.budgets.base import Budget, broadcast_mask, dtype_name
+from attnproof.properties.budgets.base import ASKED, Budget, broadcast_mask, dtype_name
 from attnproof.properties.budgets.rounding import LARGEST, Roundings, growth
 from attnproof.properties.budgets.rows import Row, normaliser_shift
 from attnproof.properties.contract import Contract
@@ -32,10 +32,10 @@ def _row(problem: RowsProblem) -> Row:
 
 def _errors(row: Row, r: Roundings) -> tuple[torch.Tensor, torch.Tensor]:
     """Certain logit errors E_j and variances of independent ones, both (…, N)."""
-    size = torch.where(row.p > 0, row.x, 0.0).abs()
+    size = torch.where(row.x > -torch.inf, row.x, 0.0).abs()
     argument = 2.0 * r.elementwise * (2.0 * row.distance + row.largest.abs() + size)
     stored = 2.0 * r.scores * size + r.scores_tiny
-    certain = torch.where(row.p > 0, argument + stored + (row.count + 2.0) * r.exp, 0.0)
+    certain = torch.where(row.x > -torch.inf, argument + stored + (row.count + 2.0) * r.exp, 0.0)
     variance = ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2 + (r.scores * size) ** 2) / 3.0
     # A maximum that is multiplied by log2 e apart from the logits leaves a rounding relative to their size.
     return certain, variance + (r.elementwise * size) ** 2 / 3.0
@@ -74,10 +74,15 @@ def weights_budget(problem: RowsProblem, reference: Enclosure, contract: Contrac
     _, shift = normaliser_shift(row, certain_e)
     own = certain_e[..., :width]
     division = 6.0 * r.elementwise + 2.0 * r.lse * (row.lse.abs() + 1.0)
-    relative = torch.expm1(
-        (own + shift + growth(2.0 * row.count + 8.0, r.accumulate) + division).clamp(max=700.0)
+    exponent = own + shift + growth(2.0 * row.count + 8.0, r.accumulate) + division
+    relative = torch.expm1(exponent.clamp(max=700.0))
+    # Weights below float64's smallest number may be raised by their errors all the same.
+    raised = torch.exp((row.log_p[..., :width] + exponent).clamp(max=0.0))
+    raised = torch.where(exponent > 300.0, raised, 0.0)
+    error = (
+        torch.minimum(torch.maximum(relative * y, raised), torch.maximum(y, 1.0 - y))
+        + 2.0 * r.probabilities_tiny
     )
-    error = torch.minimum(relative * y, torch.maximum(y, 1.0 - y)) + 2.0 * r.probabilities_tiny
     certain = (error * (1.0 + r.output) + r.output * y + r.output_tiny) * _SLACK
     shared = (row.p.square() * variance_e).sum(-1, keepdim=True) + row.count / 9.0 * r.accumulate**2
     variance = y.square() * (variance_e[..., :width] + shared + (3.0 * r.elementwise) ** 2 / 3.0)
@@ -101,17 +106,20 @@ def _limits(
     threatened = broadcast_mask(size >= min(r.largest, r.scores_largest) / 2.0, shape) & ~poisoned
     largest = LARGEST[dtype_name(problem.x.dtype)]
     overflow = exact.abs() - certain > largest
+    empty = broadcast_mask(~problem.seen.any(-1), shape) & ~poisoned & ~threatened
+    asked = contract.empty_lse if problem.kind == "logsumexp" else contract.empty_row
+    left_open = empty if asked == "undefined" else torch.zeros_like(empty)
     reasons = {
         "the row sees a non-finite input": int(poisoned.sum()),
         "an intermediate may overflow": int(threatened.sum()),
+        "the contract leaves rows without entries open": int(left_open.sum()),
     }
-    empty = broadcast_mask(~problem.seen.any(-1), shape) & ~poisoned & ~threatened
     return Budget(
         certain=certain,
         probable=probable,
-        open=poisoned | threatened,
+        open=poisoned | threatened | left_open,
         overflow=overflow,
         either=(exact.abs() + certain > largest) & ~overflow,
-        literal={(-torch.inf if problem.kind == "logsumexp" else 0.0): empty},
+        literal={} if asked == "undefined" else {ASKED[asked]: empty},
         reasons={reason: count for reason, count in reasons.items() if count},
     )

@@ -19,6 +19,10 @@ __all__ = ["Row", "mean_shift", "normaliser_shift"]
 
 # exp(700) is near the largest float64: beyond it a perturbation says nothing, and the hull of V takes over.
 _LARGEST_EXPONENT = 700.0
+# Weights below e^-300 have squares and products that float64 cannot hold.
+_LARGEST_TINY = 300.0
+# A weight of e^-200 times any float32 value is below the smallest float32.
+_NEGLIGIBLE = 200.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +82,9 @@ def normaliser_shift(row: Row, e: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
     |log(1 + Σ p ξ)| ≤ min(max E, −log(1 − a)) with a = Σ p (e^E − 1).
     """
-    a = (row.p * torch.expm1(e.clamp(max=_LARGEST_EXPONENT))).sum(-1, keepdim=True)
-    largest = torch.where(row.p > 0, e, 0.0).amax(-1, keepdim=True)
+    raised = torch.where(row.x > -torch.inf, row.log_p + _log_expm1(e), -torch.inf)
+    a = torch.exp(raised.clamp(max=_LARGEST_EXPONENT)).sum(-1, keepdim=True)
+    largest = torch.where(row.x > -torch.inf, e, 0.0).amax(-1, keepdim=True)
     logarithm = torch.where(a < 1.0, -torch.log1p(-a.clamp(max=1.0 - 1e-9)), torch.inf)
     return a, torch.minimum(largest, logarithm)
 
@@ -98,7 +103,10 @@ def mean_shift(row: Row, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> t
     rest = row.without_top()
     pinned = e + e.gather(-1, row.top)
     dominated = _spread(rest, row.log_p, pinned, v, o) / row.p.gather(-1, row.top).clamp(min=1e-300)
-    return torch.minimum(torch.minimum(everything, dominated), _hull(v, o))
+    # A weight that float64 cannot hold, but that its error may raise to matter: only the hull is left.
+    lost = (row.x > -torch.inf) & (row.log_p < -_LARGEST_TINY) & (row.log_p + pinned > -_NEGLIGIBLE)
+    bound = torch.where(lost.any(-1, keepdim=True), torch.inf, torch.minimum(everything, dominated))
+    return torch.minimum(bound, _hull(v, o))
 
 
 def _spread(
@@ -106,10 +114,12 @@ def _spread(
 ) -> torch.Tensor:
     """√(Σ p ξ²) · √(Σ p (v − o)²) ≥ Σ p ξ |v − o|, (…, E), rounding of the second factor included."""
     log_square = log_p + 2.0 * _log_expm1(e)
-    strength = torch.where(p > 0, torch.exp(log_square.clamp(max=_LARGEST_EXPONENT)), 0.0).sum(
-        -1, keepdim=True
+    square = torch.where(
+        log_square > _LARGEST_EXPONENT, torch.inf, torch.exp(log_square.clamp(max=_LARGEST_EXPONENT))
     )
-    return strength.sqrt() * second_moment(p, v, o).sqrt()
+    strength = torch.where(p > 0, square, 0.0).sum(-1, keepdim=True)
+    moment = second_moment(p, v, o)
+    return torch.where(moment == 0, 0.0, strength.sqrt() * moment.sqrt())
 
 
 def second_moment(p: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
@@ -117,7 +127,7 @@ def second_moment(p: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Te
 
     Values are centred by their mean over keys first, so that a common offset of V does not cancel.
     """
-    centre = v.mean(-2, keepdim=True)
+    centre = v.median(-2, keepdim=True).values
     d = v - centre
     shift = o - centre
     squares = p @ d.square()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
-from attnproof.properties.budgets.base import Budget, broadcast_mask, dtype_name
+from attnproof.properties.budgets.base import ASKED, Budget, broadcast_mask, dtype_name
 from attnproof.properties.budgets.rounding import LARGEST, Roundings, growth
 from attnproof.properties.budgets.rows import Row, mean_shift, normaliser_shift, second_moment
 from attnproof.properties.contract import Contract
@@ -101,8 +101,8 @@ def attention_budgets(
     row = Row.of(x)
     rescales = (row.count + 2.0) * r.exp
     argument = 2.0 * r.elementwise * (2.0 * row.distance + row.largest.abs())
-    certain_e = torch.where(row.p > 0, certain_e + argument + rescales, 0.0)
-    exact, exact_e = _exact_rows(problem, row, v, r)
+    certain_e = torch.where(row.x > -torch.inf, certain_e + argument + rescales, 0.0)
+    exact, exact_e = _exact_rows(problem, row, v, r, certain_e)
     certain_e = torch.where(exact, exact_e, certain_e)
     variance_e = variance_e + ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2) / 3.0
     budgets = {
@@ -111,7 +111,7 @@ def attention_budgets(
         )
     }
     if "lse" in reference:
-        wide = "float64" if dtype == "float64" else str(contract.precision.resolved(dtype).lse)
+        wide = str(contract.precision.resolved(dtype).lse)
         r_lse = Roundings.of(contract, dtype, output_dtype=wide)
         budgets["lse"] = _lse_budget(
             problem, reference["lse"], contract, r_lse, row, certain_e, variance_e, logits
@@ -125,9 +125,11 @@ def _certain_logit_errors(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> 
     operands = (1.0 + max(r.operand, r.input)) ** 2 - 1.0
     dot = operands + growth(d + 2.0, r.accumulate) * (1.0 + operands)
     # A scaled operand may be subnormal in its own format: an absolute error against the other operand.
-    tiny = r.operand_tiny * max(1.0, math.sqrt(scale))
+    # An input that is stored narrower is rounded before the scale.
+    tiny = r.operand_tiny * max(1.0, scale if r.input else math.sqrt(scale))
     sizes = t.q.abs().sum(-1, keepdim=True) + t.k.abs().sum(-1).unsqueeze(-2)
-    error = scale * dot * t.absolute + tiny * sizes + r.accumulate_tiny * (d + 2.0) * (1.0 + scale)
+    error = torch.where(t.absolute == 0, 0.0, scale * dot * t.absolute) + tiny * sizes
+    error = error + r.accumulate_tiny * (d + 2.0) * (1.0 + scale)
     # The scale, log2 e and their product are rounded constants; scaling is one more rounding.
     error = error + 4.0 * r.elementwise * t.scaled.abs() + 2.0 * r.scores * t.scaled.abs()
     if problem.softcap is not None:
@@ -136,7 +138,7 @@ def _certain_logit_errors(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> 
         error = error + tanh + (2.0 * r.elementwise + r.scores) * t.capped.abs()
     if problem.bias is not None:
         error = error + 3.0 * r.elementwise * (t.bias + t.biased.abs())
-    return error + 2.0 * r.scores * t.biased.abs() + 4.0 * r.scores_tiny
+    return error + 2.0 * r.scores * t.biased.abs() + 4.0 * r.scores_tiny * (1.0 + scale)
 
 
 def _logit_variances(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> torch.Tensor:
@@ -187,7 +189,7 @@ def _with_sink(
 
 
 def _exact_rows(
-    problem: SoftmaxProblem, row: Row, v: torch.Tensor, r: Roundings
+    problem: SoftmaxProblem, row: Row, v: torch.Tensor, r: Roundings, certain_e: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (B, H, M, 1) whose logits are all exactly 0 or vanishingly low, and the errors of these logits.
 
@@ -202,10 +204,13 @@ def _exact_rows(
     # Two opposite products cancel in any order; more may leave the rounding of a partial sum.
     lost = growth(terms, r.accumulate) * abs(problem.scale) * (q.abs() @ kt.abs())
     zero = (row.x == 0) & _cancels(q, kt)
-    vanishing = row.x <= -150.0
+    vanishing = (row.x + certain_e <= -150.0) & (r.elementwise > 2.0**-53)
     grid = bool((v == v.round()).all()) and float(v.abs().sum(-2).max() if v.numel() else 0.0) < 2.0**24
     exact = (zero | vanishing).all(-1, keepdim=True) & (row.largest == 0) & (row.count > 0) & grid
-    return exact, torch.where(zero & (terms > 2), lost, 0.0)
+    # Products of half-precision numbers are exact in float32, so that two opposite ones cancel. Of wider ones
+    # a residual is left where one product is rounded and the other fused into the addition.
+    harmless = 2.0 if problem.q.dtype.itemsize == 2 else 0.0
+    return exact, torch.where(zero & (terms > harmless), lost, 0.0)
 
 
 def _cancels(q: torch.Tensor, kt: torch.Tensor) -> torch.Tensor:
@@ -219,7 +224,8 @@ def _cancels(q: torch.Tensor, kt: torch.Tensor) -> torch.Tensor:
     def distorted(x: torch.Tensor) -> torch.Tensor:
         return x * (1.5 + 0.5 * torch.sin(x.abs() * 1e3 + 1.0))
 
-    dq, dk = distorted(q), distorted(kt)
+    # Queries and keys are scaled apart: (3, 1)·(1, −3) is not 0 once 3c and c are rounded.
+    dq, dk = distorted(q), kt * (1.5 + 0.5 * torch.cos(kt.abs() * 7e2 + 2.0))
     return (dq @ dk).abs() <= 1e-13 * (dq.abs() @ dk.abs())
 
 
@@ -239,18 +245,21 @@ def _output_budget(
     gauge = row.p @ v.abs()
     common = mean_shift(row, certain_e, v, o)
     n = row.count
-    sums = torch.where(exact, 0.0, 2.0 * growth(2.0 * n + 8.0, r.accumulate))
-    weights = torch.where(exact & (n_top(row) == 1), 0.0, max(r.probabilities, r.operand))
-    division_free = torch.where(
-        exact, 8.0 * r.elementwise * (2.0 + row.lse.abs()), 2.0 * r.lse * (row.lse.abs() + 1.0)
-    )
+    # Only weights that are exactly 1 or 0 add up without rounding; 1/3 and exp(−log 3) do not.
+    alone = exact & (n_top(row) == 1)
+    terms = torch.where(exact, n_top(row).double(), n)
+    sums = torch.where(alone, 0.0, 2.0 * growth(2.0 * terms + 8.0, r.accumulate))
+    weights = torch.where(alone, 0.0, max(r.probabilities, r.operand))
+    size = row.lse.abs() + 1.0
+    division_free = torch.expm1((6.0 * r.elementwise + 2.0 * r.lse) * size).clamp(max=1e300)
     relative = sums + weights + r.input + 6.0 * r.elementwise + division_free
     # Perturbed weights can raise Σ p|v|, at most to the largest |v|.
-    inflated = gauge * torch.exp(2.0 * certain_e.amax(-1, keepdim=True).clamp(max=700.0))
-    inflated = torch.minimum(inflated, v.abs().amax(-2, keepdim=True))
     seen_sum = problem.seen.double() @ v[..., : problem.seen.shape[-1], :].abs()
-    tiny = torch.where(exact, 0.0, r.probabilities_tiny * seen_sum + r.accumulate_tiny * (2.0 * n + 8.0))
-    before = common + relative * inflated + tiny
+    inflated = gauge + mean_shift(row, certain_e, v.abs(), gauge)
+    tiny = r.probabilities_tiny * seen_sum + r.accumulate_tiny * (2.0 * n + 8.0)
+    tiny = torch.where(exact, 0.0, tiny) + (r.operand_tiny if r.input else 0.0)
+    # No error is relative to nothing, even where the growth of rounding errors is unbounded.
+    before = common + torch.where((inflated == 0) | (seen_sum == 0), 0.0, relative * inflated) + tiny
     certain = (before * (1.0 + r.output) + r.output * o.abs() + r.output_tiny) * _SLACK
     probable = _probable_output(problem, r, row, v, o, variance_e, logits)
     return _limits(problem, "o", o, certain, probable, contract, r, row, logits, gauge)
@@ -399,14 +408,18 @@ def _limits(
         open_rows = keyless & problem.sink_present.reshape(1, -1, 1)
     literal = {}
     if asked != "undefined":
-        value = {"zero": 0.0, "nan": math.nan, "-inf": -math.inf, "+inf": math.inf}[asked]
-        literal = {value: keyless & ~open_rows & ~leaking}
+        literal = {ASKED[asked]: keyless & ~open_rows & ~leaking}
     stored = problem.q.dtype if output == "o" else None
+    largest_value = float(problem.v.abs().max()) if problem.v.numel() else 0.0
     largest = LARGEST[dtype_name(stored)] if stored is not None else r.largest
     overflow = exact.abs() - certain > largest
     either = (exact.abs() + certain > largest) & ~overflow
+    digitless = (
+        (certain > 2.0 * largest_value) & ~poisoned & ~threatened if output == "o" else poisoned & False
+    )
     reasons = {
         "the row sees a non-finite input": int(poisoned.sum()),
+        "only finiteness is asked: the declared precision leaves no digit": int(digitless.sum()),
         "an intermediate may overflow": int(threatened.sum()),
         "an unseen key is non-finite and the kernel declares that it may leak": int(leaking.sum()),
         "the contract leaves rows without keys open": int(open_rows.sum()),
@@ -436,6 +449,8 @@ def _may_overflow(
     scores = torch.maximum(logits.scaled.abs(), logits.biased.abs()) * log2e
     if problem.bias is not None:
         scores = torch.maximum(scores, logits.bias * log2e)
+    if problem.sinks is not None:
+        scores = torch.maximum(scores, problem.sinks.double().abs().reshape(1, -1, 1, 1) * log2e)
     products = torch.maximum(logits.absolute, logits.absolute * abs(problem.scale) * log2e)
     high = products >= r.largest / 2.0
     high |= torch.maximum(scores, logits.scaled.abs()) >= r.scores_largest / 2.0

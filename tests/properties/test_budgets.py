@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from attnproof.judge import prepare
 from attnproof.properties.budgets.base import Budget
 from attnproof.properties.case import Case, Inputs, make_inputs
 from attnproof.properties.contract import Contract, Precision
@@ -264,4 +265,98 @@ def test_rows_that_one_key_dominates_allow_one_rounding_only() -> None:
     exact = certify(problem, lambda found: {"o": problem.budgets(found, contract)["o"].certain / 64}).outputs
     budget = problem.budgets(exact, contract)["o"]
     size = exact["gauge:o"].value
-    assert float((budget.certain / size.clamp(min=1.0)).max()) < 2.0**-17
+    assert float((budget.certain / size.clamp(min=1.0)).max()) < 2.0**-16
+
+
+def budget_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    precision: Precision = PLAIN,
+    **options: object,
+) -> tuple[torch.Tensor, Budget]:
+    """Certified output and budget of one call."""
+    problem = FAMILIES["softmax"].problem(q, k, v, scale=scale, **options)
+    contract = Contract("softmax", precision=precision)
+    exact = certify(problem, lambda found: {"o": problem.budgets(found, contract)["o"].certain / 64}).outputs
+    return exact["o"].value, problem.budgets(exact, contract)["o"]
+
+
+def rows(*entries: list[float], dtype: torch.dtype) -> torch.Tensor:
+    """(1, 1, rows, width)."""
+    return torch.tensor(entries, dtype=dtype)[None, None]
+
+
+def test_weights_are_exact_only_where_no_allowed_rounding_makes_them_inexact() -> None:
+    """Found in review: (3, 1)·(1, −3) cancels until queries are scaled and rounded, fl(3c) ≠ 3 fl(c)."""
+    q = rows([3.0, 1.0], dtype=torch.float16)
+    k = rows([0.0, 0.0], [1.0, -3.0], [-1.0, 3.0], dtype=torch.float16)
+    v = rows([1.0], [-1.0], [1.0], dtype=torch.float16)
+    exact, budget = budget_of(q, k, v, 418.8)
+    got = scaled_queries(q, k, v, 418.8)
+    assert float((got.double() - exact).abs().max()) > 0.1
+    assert bool(((got.double() - exact).abs() <= budget.certain).all())
+
+
+def test_equal_weights_of_many_keys_may_be_summed_with_rounding() -> None:
+    """Found in review: p = fl(1/n), added up in order, is not 1 for n = 3000."""
+    q, k, v = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3000, 4), torch.ones(1, 1, 3000, 1)
+    _, budget = budget_of(q, k, v, 1.0)
+    total = torch.zeros(())
+    for _ in range(3000):
+        total = total + torch.tensor(1.0) / 3000.0
+    assert 1e-5 < abs(float(total) - 1.0) <= float(budget.certain.max())
+
+
+def test_a_weight_that_underflows_float64_may_still_be_raised_by_its_error() -> None:
+    """Found in review: exact logits (0, −1138) in bfloat16 with errors of more than 1138."""
+    q = rows([3.0e4, 3.0e4], dtype=torch.bfloat16)
+    k = rows([3.0e4, -3.0e4], [3.0e4 * (1 - 2**-8), -3.0e4], dtype=torch.bfloat16)
+    v = rows([1.0], [2.0], dtype=torch.bfloat16)
+    _, budget = budget_of(q, k, v, 1e-3)
+    assert float(budget.certain.max()) >= 1.0
+
+
+def test_budgets_are_numbers_for_huge_logits_and_columns_of_zeros() -> None:
+    """Found in review: 0·∞ in the budget switched the certain check off."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = ((torch.randn(1, 1, n, 64, generator=generator) * 300).bfloat16() for n in (4, 6, 6))
+    v[..., 0] = 0.0
+    for precision in (PLAIN, Precision(accumulate="bfloat16")):
+        _, budget = budget_of(q, k, v, 1.0, precision)
+        assert not bool(budget.certain.isnan().any())
+        assert not bool(budget.probable.isnan().any())
+
+
+def test_values_that_a_row_does_not_see_do_not_widen_its_budget() -> None:
+    """Found in review: one huge value in the future."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 8, 16, generator=generator) for _ in range(3))
+    _, before = budget_of(q, k, v, 0.25, causal=True)
+    v[0, 0, 7] = 1e30
+    _, after = budget_of(q, k, v, 0.25, causal=True)
+    assert bool((after.certain[0, 0, 1:7] <= 10.0 * before.certain[0, 0, 1:7] + 1e-4).all())
+
+
+def test_float64_kernels_are_judged_too() -> None:
+    for family, shape in (
+        ("softmax", {"B": 1, "H": 1, "G": 1, "M": 4, "N": 8, "D": 8, "E": 4}),
+        ("logsumexp", {"R": 4, "N": 9}),
+    ):
+        case = Case(family, "float64", shape, "normal")
+        trial = prepare(case, Contract(family, dtypes=("float64",)))
+        name, exact = next(iter(trial.reference.outputs.items()))
+        assert trial.judge({name: exact.value}).verdict == "PASS"
+        assert trial.judge({name: exact.value * (1.0 + 1e-12)}).verdict == "FAIL"
+
+
+def test_declared_values_of_empty_rows_hold_for_every_family() -> None:
+    x = torch.full((2, 3), -torch.inf)
+    problem = FAMILIES["softmax_rows"].problem(x)
+    for asked, literal in (("zero", 0.0), ("nan", math.nan)):
+        contract = Contract("softmax_rows", empty_row=asked)  # type: ignore[arg-type]
+        (value,) = problem.budgets(
+            certify(problem, lambda found: {"y": found["y"].radius}).outputs, contract
+        )["y"].literal
+        assert value == literal or math.isnan(value) == math.isnan(literal)
