@@ -81,7 +81,10 @@ def typecheck(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Speed, as ratios measured in one run."""
     install(session, "activations", "test")
-    session.run("python", "-m", "pytest", "-s", "-p", "no:xdist", *(session.posargs or ["tests/benchmarks"]))
+    default = ["tests/benchmarks"]
+    session.run(
+        "python", "-m", "pytest", "-s", "-p", "no:xdist", *(session.posargs or default), env=SINGLE_THREADED
+    )
 
 
 @nox.session

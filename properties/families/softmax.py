@@ -92,7 +92,10 @@ class SoftmaxProblem(Problem):
         s = self.scores(a)
         shift = self._shift(a.midpoint(s))
         m = a.exact(shift)
-        w = a.masked(a.exp(a.masked(a.sub(s, m), self.seen)), self.seen)
+        if bool(self.seen.all()):
+            w = a.exp(a.sub(s, m))
+        else:
+            w = a.masked(a.exp(a.masked(a.sub(s, m), self.seen)), self.seen)
         total = a.sum(w)
         empty = ~self.seen.any(-1, keepdim=True)
         if self.sinks is not None and self.sink_present is not None:
@@ -115,7 +118,7 @@ class SoftmaxProblem(Problem):
         0 if there is none.
         """
         if s.shape[-1]:
-            m = s.masked_fill(~self.seen, -torch.inf).amax(-1, keepdim=True)
+            m = (s if bool(self.seen.all()) else s.masked_fill(~self.seen, -torch.inf)).amax(-1, keepdim=True)
         else:
             m = s.new_full((*s.shape[:-1], 1), -torch.inf)
         if self.sinks is not None and self.sink_present is not None:
