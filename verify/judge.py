@@ -9,6 +9,7 @@ what the contract says.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -84,7 +85,10 @@ class Trial:
         return OutputStatistics(
             elements=compared.numel(),
             judged=int((~budget.open).sum()),
-            worst_certain=_largest(found.certain),
+            # A result that should be finite and is not, or misses a literal value, is beyond any budget.
+            worst_certain=math.inf
+            if bool((found.nonfinite | found.misplaced).any())
+            else _largest(found.certain),
             worst_probable=_largest(found.probable.abs()),
             row_probable=_largest(rows[rows.isfinite()]),
             rms_probable=float((found.probable.square().sum() / count).sqrt()),
@@ -193,6 +197,8 @@ class Trial:
         for words, change in _EXPLANATIONS:
             table = {key: self.case.dtype if value == "input" else value for key, value in change.items()}
             precision: Precision = dataclasses.replace(self.contract.precision, **table)  # type: ignore[arg-type]
+            if change.get("matmul_input") == "tf32" and self.case.torch_dtype.itemsize < 4:
+                continue  # half-precision inputs are exact in tf32
             if precision.resolved(self.case.dtype) == self.contract.precision.resolved(self.case.dtype):
                 continue
             weaker = dataclasses.replace(self.contract, precision=precision)

@@ -60,6 +60,7 @@ def test_a_nan_is_never_right_where_a_number_is_asked() -> None:
     (failure,) = found.judge(outputs).failures
     assert failure.rule == "nonfinite"
     assert failure.index == (0, 0, 3, 2)
+    assert found.judge(outputs).outputs["o"].worst_certain == torch.inf
 
 
 def test_rows_without_keys_must_be_exactly_what_is_declared() -> None:

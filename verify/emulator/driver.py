@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from attnproof.emulator.launch import launch, lower_kernel
 from attnproof.emulator.machine import Settings
 from attnproof.emulator.targets import TARGETS, Target, target_named
 
+_CACHES = {True: "attnproof-ttir", False: "attnproof-binaries"}
 # Triton has one active driver for the process.
 LOCK = threading.RLock()
 
@@ -239,7 +241,11 @@ def active_driver(driver: Any, hook: Any = _keep_only_ttir) -> Iterator[None]:
     config.set_active(driver)
     knobs.add_stages_inspection_hook = hook
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), triton.knobs.cache.scope():
+            # Triton 3.6 leaves the hook out of its key on disk: TTIR and binaries get folders of their own.
+            folder = Path(triton.knobs.cache.dir)
+            base = folder.parent if folder.name in _CACHES.values() else folder
+            triton.knobs.cache.dir = str(base / _CACHES[hook is _keep_only_ttir])
             # Fusion is decided by the compiler after TTIR, where the emulator has already stopped.
             warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
             yield

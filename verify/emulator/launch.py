@@ -118,8 +118,9 @@ def _descriptor_fields(argument: Any, kinds: Sequence[Type]) -> list[Any]:
     sizes = [*argument.shape, *argument.strides]
     if kinds and kinds[0].is_descriptor:
         return [argument, *sizes]
-    rounds = bool(getattr(argument, "round_f32_to_tf32", False))
-    return [argument.base, *sizes, argument.padding == "nan", rounds, *sizes]
+    # Triton 3.6 has no rounding flag.
+    flags = [bool(argument.round_f32_to_tf32)] if hasattr(argument, "round_f32_to_tf32") else []
+    return [argument.base, *sizes, argument.padding == "nan", *flags, *sizes]
 
 
 def _value(code: FunctionCode, name: str, kind: Type, argument: Any, memory: AddressSpace) -> Value:
