@@ -74,7 +74,7 @@ def typecheck(session: nox.Session) -> None:
     configuration = Path("pyproject.toml").resolve()
     with session.chdir(session.create_tmp()):
         session.run("mypy", "--strict", "--config-file", str(configuration), "-p", "attnproof")
-        session.run("attnproof", "verify", "--family", "logsumexp", "--examples", "24", "--no-progress")
+        session.run("attnproof", "verify", "--family", "logsumexp", "--examples", "60", "--no-progress")
 
 
 @nox.session

@@ -28,7 +28,7 @@ app = typer.Typer(
 
 Handler = Callable[[Event], None]
 DEFAULT_PAGE = Path("reports/out/index.html")
-_WIDTH = 120  # of a log, where there is no terminal
+_WIDTH = 150  # of a log, where there is no terminal
 
 
 class UsageError(ValueError):
@@ -204,7 +204,9 @@ def _table(rows: list[KernelJudged], examples: set[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("kernel", no_wrap=True)
     for name in ("verdict", "as expected", "cases", "failed", "vacuous", "declined", "unverified", "seconds"):
-        table.add_column(name, justify="left" if name in ("verdict", "as expected") else "right")
+        table.add_column(
+            name, justify="left" if name in ("verdict", "as expected") else "right", no_wrap=True
+        )
     for row in rows:
         name = f"{row.kernel} (example)" if row.kernel in examples else row.kernel
         counts = (row.cases, row.failed, row.vacuous, row.declined, row.unverified)
