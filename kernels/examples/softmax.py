@@ -20,7 +20,7 @@ __all__ = ["three_pass_attention", "unshifted_attention"]
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 INF: tl.constexpr = tl.constexpr(math.inf)
-BLOCK = 32
+BLOCK = 16
 RUNTIME = ["p_q", "p_k", "p_v", "p_norm", "p_o", "p_lse", "M", "N", "D", "E"]
 
 
@@ -212,6 +212,7 @@ def three_pass_attention(
         blocks = {"CAUSAL": causal, "BM": BLOCK, "BN": BLOCK, "BD": padded_width(width)}
         normaliser_kernel[grid](q, k, norm, queries, keys, width, scale, **blocks)
         division_free_kernel[grid](
-            q, k, v, norm, o, queries, keys, width, value_width, scale, **blocks, BE=padded_width(value_width)
-        )
+            q, k, v, norm, o, queries, keys, width, value_width, scale, **blocks,
+            BE=padded_width(value_width), num_warps=2,
+        )  # fmt: skip
     return (o, norm.float()) if return_lse else o

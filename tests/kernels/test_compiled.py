@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from attnproof.emulator import compile_launches
+from attnproof.kernels.examples.logsumexp import unshifted_logsumexp
+from attnproof.kernels.examples.softmax import three_pass_attention, unshifted_attention
+from attnproof.kernels.examples.softmax_rows import division_free_softmax_rows, unshifted_softmax_rows
 from attnproof.kernels.logsumexp import logsumexp
 from attnproof.kernels.softmax import attention, attention_split
 from attnproof.kernels.softmax_rows import softmax_rows
@@ -87,3 +90,16 @@ def test_split_attention(target: str) -> None:
 @pytest.mark.parametrize("entry", [logsumexp, softmax_rows])
 def test_rows(entry: Any, dtype: torch.dtype, target: str) -> None:
     assert_no_spills(entry, (torch.zeros(8, 1000, dtype=dtype),), {}, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entry", [unshifted_attention, three_pass_attention])
+def test_example_attention(entry: Any, dtype: torch.dtype, target: str) -> None:
+    assert_no_spills(entry, inputs(dtype, 128), {"scale": 1.0}, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("entry", [unshifted_logsumexp, unshifted_softmax_rows, division_free_softmax_rows])
+def test_example_rows(entry: Any, target: str) -> None:
+    assert_no_spills(entry, (torch.zeros(8, 1000, dtype=torch.float16),), {}, target)
