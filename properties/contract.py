@@ -117,7 +117,10 @@ class Supports:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """All that a kernel promises. The defaults are the strictest promises, with no options supported."""
+    """All that a kernel promises. The defaults are the strictest promises, with no options supported.
+
+    ``without`` names invariants of ``attnproof.properties.invariants`` that the kernel does not promise.
+    """
 
     family: str
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
@@ -133,6 +136,7 @@ class Contract:
     causality: Literal["exact", "budget"] = "exact"
     differentiable: bool | None = None
     flush_subnormals: bool = False
+    without: tuple[str, ...] = ()
     supports: Supports = field(default_factory=Supports)
     precision: Precision = field(default_factory=Precision)
 

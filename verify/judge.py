@@ -220,15 +220,20 @@ class Judgement:
     outputs: Mapping[str, OutputStatistics] = field(default_factory=dict)
 
 
-def prepare(case: Case, contract: Contract) -> Trial:
+def prepare(case: Case, contract: Contract, inputs: Inputs | None = None) -> Trial:
     """Make a case's inputs, certify its reference for ``contract`` and compute the budgets.
+
+    Args:
+        case: what is called; its regime decides the class of thresholds.
+        contract: what the kernel promises.
+        inputs: values to take in place of the case's own; of the family, dtype and options of ``case``.
 
     Raises:
         ContractError: the case's regime or options do not fit the contract's family.
         CertificationError: the reference could not be certified; the verdict is then UNVERIFIED.
     """
     family = family_of(case.family)
-    inputs = make_inputs(case)
+    inputs = make_inputs(case) if inputs is None else inputs
     options = dict(inputs.options)
     if family.name == "softmax":
         options["causal_alignment"] = contract.causal_alignment

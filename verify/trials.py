@@ -26,13 +26,13 @@ from attnproof.outcomes import (
     TimedOut,
 )
 from attnproof.predictions import PREDICTIONS
-from attnproof.properties.case import Case
+from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Contract
 from attnproof.properties.regimes import REGIMES
 from attnproof.reports.record import CaseJudged, CaseRecord, Failure
 from attnproof.targets import Importable, KernelSource
 
-__all__ = ["Subject", "case_record", "judge_case", "reproduction"]
+__all__ = ["JudgedCall", "Subject", "case_record", "judge_call", "judge_case", "reproduction"]
 
 Caller = Callable[[CallRequest], Outcome]
 
@@ -89,8 +89,40 @@ def case_record(case: Case) -> CaseRecord:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class JudgedCall:
+    """One call with its verdict, and what it was judged by.
+
+    Attributes:
+        case, inputs: what was called; ``inputs`` is None where they are the case's own.
+        event: the verdict as the record keeps it.
+        trial: reference and budgets; None where the checker failed before it had them.
+        outputs: what came back by name, in layout bhnd; empty where that was not what the contract asks.
+        outcome: how the call ended, None where there was none.
+    """
+
+    case: Case
+    inputs: Inputs | None
+    event: CaseJudged
+    trial: Trial | None
+    outputs: Mapping[str, torch.Tensor]
+    outcome: Outcome | None
+
+
 def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
+    """Run ``case`` through ``subject`` by ``call`` and judge what came back; see :func:`judge_call`."""
+    return judge_call(subject, case, call).event
+
+
+def judge_call(
+    subject: Subject, case: Case, call: Caller, inputs: Inputs | None = None, *, repeat: bool | None = None
+) -> JudgedCall:
     """Run ``case`` through ``subject`` by ``call`` and judge what came back.
+
+    Args:
+        subject, case, call: the kernel, the case, and a worker's or a pool's ``call``.
+        inputs: values to take in place of the case's own.
+        repeat: whether the kernel is called twice to compare the bits; None: in every third case.
 
     Never raises for what the kernel does; a failure of the checker itself gives UNVERIFIED with its reason.
     """
@@ -98,10 +130,13 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
     if subject.contract.causal_alignment == "top-left" and case.option("causal"):
         case = replace(case, options=(*case.options, ("causal_alignment", "top-left")))
     seconds, expected = 0.0, "PASS"
+    trial: Trial | None = None
+    outcome: Outcome | None = None
+    outputs: dict[str, torch.Tensor] = {}
     try:
-        trial = prepare(case, subject.contract)
-        outcome = call(_request(subject, trial))
-        judgement = _judge_outcome(subject, trial, outcome)
+        trial = prepare(case, subject.contract, inputs)
+        outcome = call(_request(subject, trial, repeat))
+        judgement, outputs = _judge_outcome(subject, trial, outcome)
         if isinstance(outcome, Returned) and outcome.seconds:
             seconds = outcome.seconds[0]
         expected = subject.expected(trial, judgement.verdict)
@@ -109,7 +144,7 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
         failure = Failure("checker", f"the checker failed: {type(error).__name__}: {error}")
         judgement = Judgement("UNVERIFIED", (failure,))
     failures = tuple(_with_script(failure, subject, case) for failure in judgement.failures)
-    return CaseJudged(
+    event = CaseJudged(
         kernel=subject.name,
         case=case_record(case),
         verdict=judgement.verdict,
@@ -121,9 +156,10 @@ def judge_case(subject: Subject, case: Case, call: Caller) -> CaseJudged:
         seconds=time.perf_counter() - begun,
         kernel_seconds=seconds,
     )
+    return JudgedCall(case, inputs, event, trial, outputs, outcome)
 
 
-def _request(subject: Subject, trial: Trial) -> CallRequest:
+def _request(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequest:
     """The canonical call in the kernel's own layout.
 
     Keywords with a default only where the kernel lists them.
@@ -141,19 +177,22 @@ def _request(subject: Subject, trial: Trial) -> CallRequest:
     for key in family.options:
         if key in contract.options:
             keywords[key] = given.get(key, _DEFAULTS.get(key))
-    repeated = contract.deterministic and (trial.case.seed + len(trial.case.id)) % _REPEATED == 0
+    repeat = (trial.case.seed + len(trial.case.id)) % _REPEATED == 0 if repeat is None else repeat
     return CallRequest(
         kernel=subject.source,
         device=subject.device,
         arguments=tuple(arguments),
         keywords=keywords,
         names=family.inputs,
-        repeats=2 if repeated else 1,
+        repeats=2 if repeat and contract.deterministic else 1,
         poison_outputs=True,
     )
 
 
-def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgement:
+def _judge_outcome(
+    subject: Subject, trial: Trial, outcome: Outcome
+) -> tuple[Judgement, dict[str, torch.Tensor]]:
+    """The judgement, and the outputs by name where they have the form that the contract asks."""
     failures = [
         Failure("mutation", f"the call changed its inputs: {mutation}") for mutation in outcome.mutations
     ]
@@ -165,14 +204,13 @@ def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgemen
         failures.append(Failure("output-flood", words, detail=tail))
         outcome = outcome.ended
     if isinstance(outcome, Declined):
-        return Judgement(
-            "FAIL" if failures else "DECLINED", (*failures, Failure("declined", outcome.message))
-        )
+        failure = Failure("declined", outcome.message)
+        return Judgement("FAIL" if failures else "DECLINED", (*failures, failure)), {}
     if not isinstance(outcome, Returned):
-        return _ended_badly(outcome, failures, tail)
+        return _ended_badly(outcome, failures, tail), {}
     outputs, complaint = _outputs(subject, trial, outcome)
     if complaint:
-        return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail)))
+        return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail))), {}
     for alias in outcome.aliases:
         if alias.shares == "memory" and outcome.outputs[alias.output].tensor.numel():
             failures.append(Failure("aliasing", f"output {alias.output} lies in memory of {alias.other}"))
@@ -183,8 +221,8 @@ def _judge_outcome(subject: Subject, trial: Trial, outcome: Outcome) -> Judgemen
         )
     judgement = trial.judge(outputs)
     if failures:
-        return replace(judgement, verdict="FAIL", failures=(*failures, *judgement.failures))
-    return judgement
+        judgement = replace(judgement, verdict="FAIL", failures=(*failures, *judgement.failures))
+    return judgement, outputs
 
 
 def _ended_badly(
