@@ -1,4 +1,4 @@
-"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate."""
+"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate, mutants."""
 
 from __future__ import annotations
 
@@ -92,3 +92,10 @@ def calibrate(session: nox.Session) -> None:
     """Judge correct kernels over thousands of cases and fit the thresholds of the probable budget."""
     install(session, "activations")
     session.run("python", "-m", "attnproof.calibration", *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Every mutant and correct kernel through a default search; with ``-- --peers`` through peers' rules."""
+    install(session, "activations", "test")
+    session.run("python", "-m", "tests.quality.detection.run", *session.posargs, env=SINGLE_THREADED)

@@ -115,6 +115,9 @@ class Supports:
     nonempty: bool = False
 
 
+_SUPPORTS = tuple(f.name for f in dataclasses.fields(Supports))
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     """All that a kernel promises. The defaults are the strictest promises, with no options supported.
@@ -151,6 +154,8 @@ class Contract:
     def declare(self, declarations: Mapping[str, Any]) -> Contract:
         """This contract with ``declarations`` (KEY: value, values may be text as on a command line) put in.
 
+        The fields of :class:`Supports` may be given by their own names, such as ``max_head_dim``.
+
         Raises:
             ContractError: for a key that no contract has, or a value that the key does not take.
         """
@@ -159,14 +164,17 @@ class Contract:
         for key, value in declarations.items():
             name = key.strip().replace("-", "_")
             if name in ("precision", "supports"):
-                current = getattr(self, name)
+                current = changed.get(name, getattr(self, name))
                 if not isinstance(value, Mapping):
                     raise ContractError(f"declare {key}={value!r}: expected a table of {name} fields")
                 changed[name] = _replace(current, value, name)
+            elif name in _SUPPORTS:
+                current = changed.get("supports", self.supports)
+                changed["supports"] = _replace(current, {name: value}, "supports")
             elif name in hints and name != "family":
                 changed[name] = _parse(name, value, hints[name])
             else:
-                known = ", ".join(n for n in hints if n != "family")
+                known = ", ".join((*(n for n in hints if n not in ("family", "supports")), *_SUPPORTS))
                 raise ContractError(f"declare {key!r}: no such declaration; the contract has {known}")
         return dataclasses.replace(self, **changed)
 

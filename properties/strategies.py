@@ -16,7 +16,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from attnproof.properties.case import OPTIONS, SYMBOLS, Case, CaseError
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES, SIZES
-from attnproof.properties.regimes.planning import WIDTHS
+from attnproof.properties.regimes.planning import GROUPS, WIDTHS
 from attnproof.properties.views import VIEWS, unit_last_stride
 
 __all__ = ["cases"]
@@ -107,7 +107,7 @@ def _row_sizes(draw: DrawFn, supports: Supports, most: int) -> dict[str, int]:
 def _attention_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, most: int) -> dict[str, int]:
     """Sizes, with ``values`` of the options filled in where they are no flags."""
     least = int(supports.nonempty)
-    group = draw(st.sampled_from((1, 2, 7)))
+    group = draw(st.sampled_from(GROUPS))
     heads = draw(st.integers(1, 2))
     width = draw(_widths(supports))
     value = draw(st.one_of(st.just(width), _widths(supports)))

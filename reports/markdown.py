@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from attnproof.reports.record import Event
+from attnproof.reports.counterexamples import lines
+from attnproof.reports.record import Counterexample, Event
 from attnproof.reports.summary import summarize
 from attnproof.reports.tables import FailureGroup, KernelSummary, Remark, Summary
 from attnproof.reports.wording import count, counted, duration, ratio
@@ -41,6 +42,8 @@ def render(events: Iterable[Event]) -> str:
     """The report of ``events`` as GitHub-flavoured Markdown: verdict, kernels, unexpected failures."""
     summary = summarize(events)
     parts = [_head(summary), kernel_table(summary.kernels)]
+    if summary.counterexamples:
+        parts += ["### Smallest failing inputs", *map(_counterexample, summary.counterexamples)]
     if summary.unexpected_failures:
         parts += [
             "### Failures that were not expected",
@@ -103,10 +106,25 @@ def _head(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _counterexample(found: Counterexample) -> str:
+    """A failing input made small, with its script in a fence."""
+    told = [escaped(line.strip()) for line in lines(found)]
+    text = [f"**{escaped(found.kernel)}**", "", *(f"- {line}" for line in told), ""]
+    return "\n".join([*text, *_fenced(found.script)])
+
+
+def _fenced(script: str) -> list[str]:
+    """A script in a fence that it cannot close; nothing where it is too long for a summary."""
+    if not script or len(script) > SCRIPT_LIMIT:
+        return []
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", script)), default=0))
+    return [f"{fence}python", script.rstrip("\n"), fence, ""]
+
+
 def _failure(group: FailureGroup) -> str:
     """One group of failures, folded; its script in a fence that the script cannot close."""
     title = f"{group.kernel}: {group.rule} in {group.regime}, {counted(group.count, 'case')}"
-    lines = [
+    head = [
         f"<details><summary>{_html(title)}</summary>",
         "",
         escaped(group.failure.reason[:REASON_LIMIT]),
@@ -114,11 +132,7 @@ def _failure(group: FailureGroup) -> str:
         f"Case {escaped(group.case.id)}",
         "",
     ]
-    script = group.failure.script
-    if script and len(script) <= SCRIPT_LIMIT:
-        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", script)), default=0))
-        lines += [f"{fence}python", script.rstrip("\n"), fence, ""]
-    return "\n".join([*lines, "</details>"])
+    return "\n".join([*head, *_fenced(group.failure.script), "</details>"])
 
 
 def _remark(remark: Remark) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "CaseJudged",
     "CaseRecord",
+    "Counterexample",
     "Event",
     "Failure",
     "Finding",
@@ -34,7 +35,7 @@ __all__ = [
     "read_record",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class RecordError(ValueError):
@@ -73,6 +74,7 @@ class OutputStatistics(msgspec.Struct, frozen=True):
         row_probable: largest row rms of error/probable; rms_probable: rms over the whole output.
         bias: mean signed error/probable, away from zero positive.
         certain_reach: largest certain budget over gauge, what this case could at best reveal.
+        worst_threshold: largest statistic over the threshold that healthy kernels stay below; above 1 fails.
         logit_magnitude: largest |logit| that entered, None where the family has none.
         arithmetic: rows by the arithmetic that certified them ("float64", "arb-128", ...).
     """
@@ -85,6 +87,7 @@ class OutputStatistics(msgspec.Struct, frozen=True):
     rms_probable: float
     bias: float
     certain_reach: float
+    worst_threshold: float = 0.0
     logit_magnitude: float | None = None
     arithmetic: dict[str, int] = {}
 
@@ -194,6 +197,35 @@ class Series(msgspec.Struct, frozen=True):
     log: tuple[str, ...] = ()
 
 
+class Counterexample(msgspec.Struct, frozen=True, tag="counterexample"):
+    """A failure made small by a search, with what is wrong in words.
+
+    Attributes:
+        found: the case in which the failure was found; case: the smallest in which it still shows.
+        verdict: the judged smallest case.
+        sentences: what is wrong, most specific first.
+        script: a stand-alone script that shows it.
+        tensors: the inputs in words where they are not the case's own, such as "q: 1 of 4 entries is not 0".
+        phase: "replay", "opening", "plan", "larger", "invariants", "random" or "climbing".
+        invariant: name of the invariant that is broken, or "".
+        cases: judged before and with the failing one; seconds: from the start to the failure;
+            shrinking_seconds: from there to the smallest case.
+    """
+
+    kernel: str
+    found: CaseRecord
+    case: CaseRecord
+    verdict: CaseJudged
+    sentences: tuple[str, ...]
+    script: str
+    tensors: tuple[str, ...] = ()
+    phase: str = ""
+    invariant: str = ""
+    cases: int = 0
+    seconds: float = 0.0
+    shrinking_seconds: float = 0.0
+
+
 class Finding(msgspec.Struct, frozen=True, tag="finding"):
     """A fact established by the run that is not about one kernel: a claim checked, a calibration."""
 
@@ -214,7 +246,7 @@ class RunFinished(msgspec.Struct, frozen=True, tag="run-finished"):
     reason: str = ""
 
 
-Event = RunStarted | KernelStarted | CaseJudged | KernelJudged | Finding | RunFinished
+Event = RunStarted | KernelStarted | CaseJudged | KernelJudged | Counterexample | Finding | RunFinished
 
 _decoder = msgspec.json.Decoder(Event)
 
@@ -293,7 +325,8 @@ def _revive(value: Any, key: str = "") -> Any:
 _NUMERIC = frozenset(
     (
         *("worst_certain", "worst_probable", "row_probable", "rms_probable", "bias", "certain_reach"),
-        *("logit_magnitude", "expected", "radius", "got", "ratio", "seconds", "kernel_seconds"),
+        *("worst_threshold", "logit_magnitude", "expected", "radius", "got", "ratio"),
+        *("seconds", "kernel_seconds", "shrinking_seconds"),
         *("columns", "scale", "softcap"),
     )
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from attnproof.reports.record import (
     CaseJudged,
+    Counterexample,
     Event,
     Failure,
     Finding,
@@ -229,6 +230,7 @@ class _Tally:
     failures: dict[tuple[str, str, str, bool], _FailureTally] = field(default_factory=dict)
     remarks: dict[str, _Remarks] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    counterexamples: list[Counterexample] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -242,6 +244,8 @@ class _Tally:
                 self._case(event)
             case KernelJudged():
                 self._kernel(event.kernel).judged = event
+            case Counterexample():
+                self.counterexamples.append(event)
             case Finding():
                 self.findings.append(event)
             case RunFinished():
@@ -299,6 +303,7 @@ class _Tally:
             unverified=self._remark("unverified").frozen(),
             survived=self._remark("survived").frozen(),
             findings=tuple(self.findings),
+            counterexamples=tuple(self.counterexamples),
             points=tuple(_thinned(self.points, POINT_LIMIT)),
             points_total=len(self.points),
         )

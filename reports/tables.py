@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from attnproof.reports.record import CaseJudged, CaseRecord, Failure, Finding, RunFinished, RunStarted
+from attnproof.reports.record import (
+    CaseJudged,
+    CaseRecord,
+    Counterexample,
+    Failure,
+    Finding,
+    RunFinished,
+    RunStarted,
+)
 
 __all__ = [
     "INCOMPLETE",
@@ -199,6 +207,7 @@ class Summary:
     unverified: tuple[Remark, ...]
     survived: tuple[Remark, ...]
     findings: tuple[Finding, ...]
+    counterexamples: tuple[Counterexample, ...]
     points: tuple[Point, ...]
     points_total: int
 

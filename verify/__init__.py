@@ -4,6 +4,7 @@ Public names, handed on lazily so that importing one does not import everything:
 
 * :func:`reference` – exact outputs of a family as enclosures (value and proved radius);
 * :func:`check` – one case through one kernel; :func:`verify` – a kernel through a planned set of cases;
+* :func:`fuzz` – a search for the smallest input on which a kernel is wrong;
 * :func:`emulate` – a context in which Triton kernels run on CPU tensors as they would on a GPU;
 * :func:`cases` – a Hypothesis strategy of cases; :class:`Case`, :func:`make_inputs`;
 * :class:`Contract`, :class:`Precision`, :class:`Supports`, :func:`promises` – what a kernel declares;
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnproof.emulator import EmulationError, MemoryFault, emulate
-    from attnproof.interface import CheckResult, VerifyResult, check, verify
+    from attnproof.interface import CheckResult, FuzzResult, VerifyResult, check, fuzz, verify
     from attnproof.properties.arithmetic.base import Enclosure
     from attnproof.properties.case import Case, CaseError, make_inputs
     from attnproof.properties.contract import Contract, ContractError, Precision, Supports, promises
@@ -31,7 +32,9 @@ _HOME = {
     "emulate": "attnproof.emulator",
     "CheckResult": "attnproof.interface",
     "VerifyResult": "attnproof.interface",
+    "FuzzResult": "attnproof.interface",
     "check": "attnproof.interface",
+    "fuzz": "attnproof.interface",
     "verify": "attnproof.interface",
     "Enclosure": "attnproof.properties.arithmetic.base",
     "Case": "attnproof.properties.case",
@@ -57,6 +60,7 @@ __all__ = [
     "ContractError",
     "EmulationError",
     "Enclosure",
+    "FuzzResult",
     "MemoryFault",
     "Precision",
     "Supports",
@@ -65,6 +69,7 @@ __all__ = [
     "cases",
     "check",
     "emulate",
+    "fuzz",
     "make_inputs",
     "promises",
     "reference",

@@ -39,7 +39,15 @@ from attnproof.targets import Importable
 from attnproof.trials import Subject, case_record, judge_case
 from attnproof.workers import WorkerPool
 
-__all__ = ["Campaign", "Limits", "judge_kernel", "worst_verdict"]
+__all__ = [
+    "Campaign",
+    "Limits",
+    "judge_kernel",
+    "kernel_started",
+    "run_finished",
+    "run_started",
+    "worst_verdict",
+]
 
 # A kernel that declines or cannot tell in more than this share of its cases has not been verified.
 _DECLINED_SHARE = 0.5
@@ -85,10 +93,10 @@ class Campaign:
     def run(self) -> Iterator[Event]:
         """Judge everything; the last event is :class:`RunFinished` unless the caller stops before."""
         begun = time.perf_counter()
-        yield self._started()
+        yield run_started(self.command, self.seed, self.jobs)
         yield from self.findings
         for subject, cases in self.plan:
-            yield _kernel_started(subject, len(cases))
+            yield kernel_started(subject, len(cases))
         judged: dict[str, list[CaseJudged]] = defaultdict(list)
         remaining = {subject.name: len(cases) for subject, cases in self.plan}
         subjects = {subject.name: subject for subject, _ in self.plan}
@@ -104,24 +112,7 @@ class Campaign:
             if count:
                 results.append(judge_kernel(subjects[name], judged[name]))
                 yield results[-1]
-        yield _finished(results, time.perf_counter() - begun)
-
-    def _started(self) -> RunStarted:
-        return RunStarted(
-            schema=SCHEMA_VERSION,
-            command=self.command,
-            version=importlib.metadata.version("attnproof"),
-            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            seed=self.seed,
-            platform={
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "triton": _version("triton"),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "system": platform.system(),
-                "jobs": str(self.jobs),
-            },
-        )
+        yield run_finished(results, time.perf_counter() - begun)
 
     def _judged_cases(self, begun: float) -> Iterator[CaseJudged]:
         units = [
@@ -225,6 +216,25 @@ def _judge_process(connection: Connection, limits: Limits, spares: int) -> None:
             return
 
 
+def run_started(command: str, seed: int, jobs: int) -> RunStarted:
+    """The first event of a run on this machine."""
+    return RunStarted(
+        schema=SCHEMA_VERSION,
+        command=command,
+        version=importlib.metadata.version("attnproof"),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seed=seed,
+        platform={
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "triton": _version("triton"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "system": platform.system(),
+            "jobs": str(jobs),
+        },
+    )
+
+
 def judge_kernel(subject: Subject, cases: Sequence[CaseJudged]) -> KernelJudged:
     """The verdict on a kernel: PASS if nothing failed or stayed unverified and ≤ 20 % of cases are vacuous.
 
@@ -276,7 +286,8 @@ def _unexpected(cases: Sequence[CaseJudged]) -> list[str]:
     return told if more <= 0 else [*told[:_TOLD], f"and {more} more regimes"]
 
 
-def _kernel_started(subject: Subject, planned: int) -> KernelStarted:
+def kernel_started(subject: Subject, planned: int) -> KernelStarted:
+    """The event with which a kernel comes under judgement."""
     target = subject.source.target if isinstance(subject.source, Importable) else subject.source.label
     return KernelStarted(
         kernel=subject.name,
@@ -289,7 +300,7 @@ def _kernel_started(subject: Subject, planned: int) -> KernelStarted:
     )
 
 
-def _finished(results: Sequence[KernelJudged], seconds: float) -> RunFinished:
+def run_finished(results: Sequence[KernelJudged], seconds: float) -> RunFinished:
     """The run's verdict: PASS when every kernel came out as listed."""
     wrong = [result for result in results if not result.as_expected]
     verdict = worst_verdict("FAIL" if r.failed or r.verdict == "PASS" else r.verdict for r in wrong)

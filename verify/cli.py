@@ -28,6 +28,8 @@ app = typer.Typer(
 
 Handler = Callable[[Event], None]
 DEFAULT_PAGE = Path("reports/out/index.html")
+DEFAULT_SCRIPT = Path("attnproof-failure.py")
+DATABASE = Path(".hypothesis/examples")  # Hypothesis's own default
 _WIDTH = 150  # of a log, where there is no terminal
 
 
@@ -41,8 +43,10 @@ def main() -> None:
     from attnproof.properties.contract import ContractError
     from attnproof.targets import TargetError
 
+    # Kernels of the repository that one stands in need not be installed.
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        app()
+        app(_one_value_a_flag(sys.argv[1:]))
     except (UsageError, ContractError, CaseError, TargetError, RecordError) as error:
         print(f"attnproof: {error}", file=sys.stderr)
         sys.exit(USAGE)
@@ -130,6 +134,67 @@ def verify(
 
 
 @app.command()
+def fuzz(
+    target: Annotated[str, typer.Argument(help="The kernel as package.module:attribute.")],
+    family: Annotated[str, typer.Option(help="What it computes, such as softmax.")],
+    dtypes: Annotated[str | None, typer.Option(help="Comma-separated, such as float16,bfloat16.")] = None,
+    options: Annotated[str | None, typer.Option(help="Options that it supports, comma-separated.")] = None,
+    layout: Annotated[str | None, typer.Option(help="bhnd or bnhd.")] = None,
+    declare: Annotated[list[str] | None, typer.Option(help="KEY=VALUE … of the contract.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE … of the precision.")] = None,
+    gradients: Annotated[
+        bool | None, typer.Option("--gradients/--no-gradients", help="Judge gradients as well.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(help="Cases to judge, in place of a time.", min=1)] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time", help="Seconds of the whole search; 55 by default.", min=1.0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all inputs and choices.", min=0)] = 0,
+    jobs: Annotated[int, typer.Option(help="Judge threads, each with a worker process.", min=1)] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, emulator:sm_90, …")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one call may take.", min=0.1)] = 30.0,
+    script: Annotated[Path, typer.Option(help="Where the script of a failure goes.")] = DEFAULT_SCRIPT,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the record (JSON lines) here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
+    sarif: Annotated[Path | None, typer.Option("--sarif", help="Write SARIF here.")] = None,
+) -> None:
+    """Search for the smallest input on which a kernel is wrong; print it and write a script that shows it."""
+    from hypothesis.database import DirectoryBasedExampleDatabase
+
+    from attnproof.campaign import Limits
+    from attnproof.interface import make_subject
+    from attnproof.search.engine import DEFAULT_SECONDS, Search
+
+    if gradients:
+        raise UsageError(f"--gradients: family {family!r} has no certified gradients yet; leave it out")
+    table = _pairs(declare)
+    if layout is not None:
+        table["layout"] = layout
+    if pairs := _pairs(precision):
+        table["precision"] = pairs  # type: ignore[assignment]
+    for path in (script, json, html, junit, sarif):
+        if path is not None:
+            _writable(path)
+    search = Search(
+        subject=make_subject(target, family, _split(dtypes), _split(options), None, device, table),
+        command="attnproof " + " ".join(sys.argv[1:]),
+        examples=examples,
+        seconds=time_limit or (None if examples else DEFAULT_SECONDS),
+        seed=seed,
+        jobs=jobs,
+        limits=Limits(timeout=timeout),
+        database=DirectoryBasedExampleDatabase(DATABASE),
+    )
+    finished = _search(search.run(), json, script)
+    if html or junit or sarif:
+        _render_events(finished, html, junit, sarif)
+    last = finished[-1]
+    assert isinstance(last, RunFinished)
+    raise typer.Exit(last.exit_code)
+
+
+@app.command()
 def report(
     records: Annotated[list[Path], typer.Argument(help="Records (JSON lines) of earlier runs.")],
     html: Annotated[Path | None, typer.Option("--html", help="Write an HTML report here.")] = None,
@@ -152,6 +217,32 @@ def report(
         _render_events(events, html, junit, sarif)
     if markdown or not (html or junit or sarif):
         print(markdown_report.render(events))
+
+
+def _search(events: Iterator[Event], record: Path | None, script: Path) -> list[Event]:
+    """Tell what a search finds as it goes on; the record, if one is asked for, is written on the way."""
+    from attnproof.reports.counterexamples import lines
+    from attnproof.reports.record import Counterexample, RecordWriter
+
+    kept: list[Event] = []
+    judged = 0
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(RecordWriter(record)) if record else None
+        for event in events:
+            kept.append(event)
+            if writer is not None:
+                writer.write(event)
+            judged += isinstance(event, CaseJudged)
+            if isinstance(event, Counterexample):
+                print("\n".join(lines(event)))
+                script.write_text(event.script)
+                print(f"  script: {script}  (needs torch and the kernel; exits 1 while the kernel is wrong)")
+    verdict, last = kept[-2], kept[-1]
+    assert isinstance(verdict, KernelJudged)
+    assert isinstance(last, RunFinished)
+    why = f"; {verdict.reason}" if verdict.reason and verdict.verdict != "FAIL" else ""
+    print(f"{verdict.verdict} in {last.seconds:.0f} s: {judged} cases{why}")
+    return kept
 
 
 def _run(events: Iterator[Event], record: Path, planned: int, progress: bool) -> RunFinished:
@@ -242,6 +333,21 @@ def _writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path}: its folder cannot be made ({error.strerror})") from None
+
+
+def _one_value_a_flag(arguments: list[str]) -> list[str]:
+    """``--declare A=1 B=2`` as ``--declare A=1 --declare B=2``, which is how typer reads a list."""
+    flag, given = "", list[str]()
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag = argument if argument in ("--declare", "--precision") else ""
+        elif flag and given[-1] != flag:
+            if "=" in argument:
+                given.append(flag)
+            else:
+                flag = ""
+        given.append(argument)
+    return given
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:

@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hypothesis.database import ExampleDatabase
+
 from attnproof.campaign import Campaign, Limits, judge_kernel
 from attnproof.properties.case import Case, CaseError
 from attnproof.properties.contract import DTYPES, Contract, ContractError, contract_of
 from attnproof.properties.families import family_of
+from attnproof.properties.invariants import check_names
 from attnproof.properties.regimes import plan
-from attnproof.reports.record import CaseJudged, Failure
+from attnproof.reports.record import CaseJudged, Counterexample, Failure, KernelJudged, RunFinished
 from attnproof.suite import default_device
 from attnproof.targets import Importable, describe, resolve
 from attnproof.trials import Subject, judge_case
 from attnproof.workers import WorkerPool
 
-__all__ = ["CheckResult", "VerifyResult", "check", "make_subject", "verify"]
+__all__ = ["CheckResult", "FuzzResult", "VerifyResult", "check", "fuzz", "make_subject", "verify"]
 
 Kernel = Callable[..., Any] | str
 
@@ -169,6 +172,89 @@ def verify(
     return VerifyResult(verdict.verdict, verdict.reason, results)
 
 
+@dataclass(frozen=True)
+class FuzzResult:
+    """What a search for a failure found.
+
+    Attributes:
+        verdict: "PASS", "FAIL" or "UNVERIFIED", with ``reason`` in words.
+        counterexample: the smallest failing case, what is wrong in words, and a script; None without failure.
+        results: one for each case judged; seconds: of the whole search.
+    """
+
+    verdict: str
+    reason: str
+    counterexample: Counterexample | None
+    results: tuple[CheckResult, ...]
+    seconds: float
+
+    def __bool__(self) -> bool:
+        return self.verdict == "PASS"
+
+    def __str__(self) -> str:
+        judged = f"{len(self.results)} cases in {self.seconds:.0f} s"
+        lines = [f"{self.verdict}: {judged}; {self.reason or 'nothing failed'}"]
+        if self.counterexample is not None:
+            lines.append(f"  {self.counterexample.case.id}")
+            lines += [f"  {line}" for line in (*self.counterexample.tensors, *self.counterexample.sentences)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def fuzz(
+    fn: Kernel,
+    family: str,
+    *,
+    dtypes: Iterable[str] | None = None,
+    options: Iterable[str] | None = None,
+    contract: Contract | None = None,
+    device: str | None = None,
+    examples: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    jobs: int = 2,
+    timeout: float = 30.0,
+    database: ExampleDatabase | None = None,
+    minimise: bool = True,
+    **declare: Any,
+) -> FuzzResult:
+    """Search for an input on which a kernel is wrong, and make the first one found as small as possible.
+
+    Args:
+        fn: the kernel: a callable, or "package.module:attribute".
+        family: a family of the contract.
+        dtypes, options, contract, device, declare: as for :func:`verify`.
+        examples: cases to judge; seconds: of the whole search, 55 unless ``examples`` is given.
+        seed: of inputs and choices; jobs: judge threads; timeout: seconds a call.
+        database: a Hypothesis database in which failures are kept and from which they are replayed first,
+            such as ``hypothesis.database.DirectoryBasedExampleDatabase(".hypothesis/examples")``.
+        minimise: whether a failure is made small and put into words.
+
+    Raises:
+        ContractError, TargetError: the arguments, not the kernel, are wrong.
+    """
+    from attnproof.search.engine import DEFAULT_SECONDS, Search
+
+    subject = make_subject(fn, family, dtypes, options, contract, device, declare)
+    if examples is not None and (not isinstance(examples, int) or examples < 1):
+        raise ContractError(f"examples={examples!r}: expected a positive number of cases, or None")
+    if seconds is None and examples is None:
+        seconds = DEFAULT_SECONDS
+    search = Search(
+        subject, "attnproof.fuzz", examples, seconds, seed, jobs, Limits(timeout), database, minimise
+    )
+    events = list(search.run())
+    judged = tuple(
+        CheckResult(e.verdict, e.failures, e.vacuous, e) for e in events if isinstance(e, CaseJudged)
+    )
+    verdict = next(e for e in events if isinstance(e, KernelJudged))
+    found = next((e for e in events if isinstance(e, Counterexample)), None)
+    finished = events[-1]
+    assert isinstance(finished, RunFinished)
+    return FuzzResult(verdict.verdict, verdict.reason, found, judged, finished.seconds)
+
+
 def make_subject(
     fn: Kernel,
     family: str,
@@ -200,6 +286,7 @@ def make_subject(
         contract = replace(contract, options=keep)
     if declare:
         contract = contract.declare(declare)
+    check_names(contract.without)
     source = describe(fn)
     name = source.target if isinstance(source, Importable) else source.label
     return Subject(name, source, contract, device or default_device())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib import resources
 
-from attnproof.calibration import stored_finding
+import msgspec
+
 from attnproof.interface import make_subject
 from attnproof.outcomes import CallRequest, Raised, Returned
 from attnproof.properties.case import Case
@@ -25,6 +27,7 @@ __all__ = ["DEFAULT_EXAMPLES", "default_plan", "findings", "target_subjects"]
 # Cases for each of the suite's kernels in a default run: all regimes, dtypes and pairs of options, in under 3
 # minutes.
 DEFAULT_EXAMPLES: Mapping[str, int] = {"softmax": 160, "logsumexp": 80, "softmax_rows": 80}
+_STORED = ("calibration", "detection")
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 
@@ -134,11 +137,16 @@ def default_plan(
 
 
 def findings() -> list[Finding]:
-    """Claims checked in every run (the first source article's worked example), and the stored calibration."""
+    """Claims checked in every run (the first source article's worked example), and those of stored runs."""
     told = []
     for claim in worked_example.findings():
         fields = asdict(claim)
         table = fields.pop("table")
         told.append(Finding(**fields, series=(Series(claim.name, "table", table, "row", "column"),)))
-    calibration = stored_finding()
-    return told if calibration is None else [*told, calibration]
+    return told + [stored for name in _STORED if (stored := _stored_finding(name)) is not None]
+
+
+def _stored_finding(name: str) -> Finding | None:
+    """A finding of a long run that is committed with the package, or None before its first."""
+    path = resources.files("attnproof.data").joinpath(f"{name}.json")
+    return msgspec.json.decode(path.read_bytes(), type=Finding) if path.is_file() else None

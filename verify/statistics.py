@@ -54,6 +54,16 @@ class Deviation:
     misplaced: torch.Tensor
 
     @property
+    def rms(self) -> float:
+        """rms of error/probable over all compared elements; 0 for none."""
+        return float((self.probable.square().sum() / self.compared.sum().clamp(min=1)).sqrt())
+
+    @property
+    def mean(self) -> float:
+        """Mean of the signed error/probable over all compared elements; 0 for none."""
+        return float(self.probable.sum() / self.compared.sum().clamp(min=1))
+
+    @property
     def row_rms(self) -> torch.Tensor:
         """rms of error/probable over the last axis.
 
@@ -111,26 +121,33 @@ class Thresholds(msgspec.Struct, frozen=True):
         row: largest row rms of error/probable in a case; output: rms over an output; bias: size of the signed
             mean.
         cases: number of cases behind the fit.
+        intervals: by statistic, the 95 % interval of its estimate and the largest value seen (``tails``).
     """
 
     row: float
     output: float
     bias: float
     cases: int = 0
+    intervals: dict[str, tuple[float, float, float]] = {}
 
     def biased(self, deviation: Deviation) -> bool:
-        """Whether the signed mean is both larger than healthy kernels' and significant over the rows."""
+        """Whether the signed mean is both larger than healthy kernels' and significant over the rows.
+
+        Rows that are equal, as under a broadcast view, are one: only distinct means count, and eight of them.
+        """
         rows = deviation.row_rms.isfinite()
-        count = int(rows.sum())
+        means = (deviation.probable.sum(-1) / deviation.compared.sum(-1).clamp(min=1))[rows]
+        count = means.unique().numel()
         if count < 8:
             return False
-        means = (deviation.probable.sum(-1) / deviation.compared.sum(-1).clamp(min=1))[rows]
         mean, spread = float(means.mean()), float(means.std())
         return abs(mean) > self.bias and abs(mean) * math.sqrt(count) > _SIGNIFICANT * max(spread, 1e-300)
 
 
 def width_bin(width: int) -> str:
-    """Bins of the number of elements in a row: the rms of few elements varies more."""
+    """Bins of the number of elements in a row: the rms of few elements varies more, of one as its error."""
+    if width < 2:
+        return "single"
     return "narrow" if width < 8 else "wide"
 
 

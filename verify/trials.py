@@ -32,7 +32,7 @@ from attnproof.properties.regimes import REGIMES
 from attnproof.reports.record import CaseJudged, CaseRecord, Failure
 from attnproof.targets import Importable, KernelSource
 
-__all__ = ["JudgedCall", "Subject", "case_record", "judge_call", "judge_case", "reproduction"]
+__all__ = ["JudgedCall", "Subject", "case_record", "judge_call", "judge_case", "reproduction", "request_for"]
 
 Caller = Callable[[CallRequest], Outcome]
 
@@ -135,7 +135,7 @@ def judge_call(
     outputs: dict[str, torch.Tensor] = {}
     try:
         trial = prepare(case, subject.contract, inputs)
-        outcome = call(_request(subject, trial, repeat))
+        outcome = call(request_for(subject, trial, repeat))
         judgement, outputs = _judge_outcome(subject, trial, outcome)
         if isinstance(outcome, Returned) and outcome.seconds:
             seconds = outcome.seconds[0]
@@ -159,7 +159,7 @@ def judge_call(
     return JudgedCall(case, inputs, event, trial, outputs, outcome)
 
 
-def _request(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequest:
+def request_for(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequest:
     """The canonical call in the kernel's own layout.
 
     Keywords with a default only where the kernel lists them.

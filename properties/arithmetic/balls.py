@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,16 +33,23 @@ _exp = np.frompyfunc(flint.arb.exp, 1, 1)
 _log = np.frompyfunc(flint.arb.log, 1, 1)
 _tanh = np.frompyfunc(flint.arb.tanh, 1, 1)
 
+_TURN = threading.RLock()
+
 
 @contextmanager
 def _precision(bits: int) -> Iterator[None]:
-    """Arb's working precision, one global of python-flint, set to ``bits`` and put back afterwards."""
-    before = flint.ctx.prec
-    flint.ctx.prec = bits
-    try:
-        yield
-    finally:
-        flint.ctx.prec = before
+    """Arb's working precision, one global of python-flint, set to ``bits`` and put back afterwards.
+
+    Judge threads take turns: with another thread's precision a result would be just as proved, but wider than
+    asked.
+    """
+    with _TURN:
+        before = flint.ctx.prec
+        flint.ctx.prec = bits
+        try:
+            yield
+        finally:
+            flint.ctx.prec = before
 
 
 class ArbArithmetic(Arithmetic[ObjectArray]):

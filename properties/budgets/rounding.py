@@ -7,13 +7,14 @@ Blanchard, Higham & Higham 2021, tables 1 and 2. γ_n = n·u / (1 − n·u) boun
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from attnproof.properties.contract import Contract, Precision
 
-__all__ = ["LARGEST", "Roundings", "growth"]
+__all__ = ["LARGEST", "MEAN_SQUARE", "Roundings", "growth", "half_spacing"]
 
 _UNIT = {
     "float64": 2.0**-53,
@@ -51,6 +52,16 @@ LARGEST = {
     "float16": 65504.0,
 }
 
+MEAN_SQUARE = 1.0 / (8.0 * math.log(2.0))
+"""Mean square of a rounding error relative to the rounded number, over u².
+
+The error of m·2^e, 1 ≤ m < 2, is uniform in ±u·2^e: relative to it u²/(3 m²), which over logarithmically
+uniform m is u²/3 · ∫₀¹ 2^−2t dt = u² / (8 ln 2). A third, for m = 1, would be 1.85 times as much.
+"""
+
+# Mean relative error of truncation to spacing u·2^e of m·2^e: u/2 · ∫₀¹ 2^−t dt.
+_TRUNCATED_MEAN = 1.0 / (4.0 * math.log(2.0))
+
 
 @dataclass(frozen=True)
 class Roundings:
@@ -68,6 +79,8 @@ class Roundings:
             results are subnormal, or are flushed.
         largest: largest number of the accumulation; scores_largest: of stored scores.
         truncated: accumulation truncates, so that its errors have one sign and grow with n.
+        operand_lean: how much smaller than themselves operands may be on average, where a format is declared
+            to which hardware may truncate them.
     """
 
     operand: float
@@ -87,6 +100,7 @@ class Roundings:
     largest: float
     scores_largest: float
     truncated: bool
+    operand_lean: float
 
     @classmethod
     def of(cls, contract: Contract, dtype: str, output_dtype: str | None = None) -> Roundings:
@@ -104,10 +118,11 @@ class Roundings:
         accumulated = "float32" if accumulate == "truncated" else accumulate
         wide = "float64" if dtype == "float64" else "float32"
         elementwise = _UNIT[wide]
+        narrower = _UNIT[operand] > _UNIT[dtype]
         tiny = _NORMAL if contract.flush_subnormals else _SUBNORMAL
         return cls(
             operand=_UNIT[operand],
-            input=_UNIT[operand] if _UNIT[operand] > _UNIT[dtype] else 0.0,
+            input=_UNIT[operand] if narrower else 0.0,
             accumulate=_UNIT[accumulate],
             elementwise=elementwise,
             scores=_UNIT[storage["scores"]],
@@ -125,6 +140,7 @@ class Roundings:
             largest=LARGEST[accumulated],
             scores_largest=min(LARGEST[storage["scores"]], LARGEST[accumulated]),
             truncated=accumulate == "truncated",
+            operand_lean=_TRUNCATED_MEAN * _UNIT["tf32"] if operand == "tf32" and narrower else 0.0,
         )
 
 
@@ -132,3 +148,13 @@ def growth(n: torch.Tensor | float, unit: float) -> torch.Tensor:
     """γ_n = n·u / (1 − n·u), the worst growth of n roundings; +inf where n·u ≥ 1."""
     product = torch.as_tensor(n, dtype=torch.float64) * unit
     return torch.where(product < 1.0, product / (1.0 - product).clamp(min=1e-300), torch.inf)
+
+
+def half_spacing(x: torch.Tensor, unit: float, tiny: float) -> torch.Tensor:
+    """Half the distance of neighbouring numbers of a format at ``x``: what one rounding errs by at most.
+
+    ``unit`` and ``tiny`` are the format's u and half its smallest subnormal number.
+    """
+    mantissa, exponent = torch.frexp(x)
+    spacing = torch.ldexp(torch.full_like(x, unit), exponent - 1)
+    return torch.where(mantissa == 0, 0.0, spacing).clamp(min=tiny)

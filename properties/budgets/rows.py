@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Row", "mean_shift", "normaliser_shift"]
+__all__ = ["Row", "Spread", "normaliser_shift", "overtaking", "second_moment"]
 
 # exp(700) is near the largest float64: beyond it a perturbation says nothing, and the hull of V takes over.
 _LARGEST_EXPONENT = 700.0
@@ -77,6 +77,23 @@ class Row:
         return self.p.scatter(-1, self.top, 0.0)
 
 
+def overtaking(row: Row, e: torch.Tensor) -> torch.Tensor:
+    """How many logits of the row a kernel may find larger than each, (…, N), for logit errors ``e`` (…, N).
+
+    An online algorithm scales what it has of key j by e^{m − m'} when its maximum rises from m ≥ x_j + e_j
+    to m', and by exactly 1 when it does not. Each rise needs a key with a logit above all before, so that in
+    any order, and on any path through a tree of merged parts, there are at most as many of them as keys k
+    with x_k + E_k > x_j − E_j, key j itself not counted.
+    """
+    if not row.x.shape[-1]:
+        return torch.zeros_like(row.x)
+    # −inf where unseen, and where the errors are unbounded every key that is seen may be the larger.
+    highest = torch.where(row.x > -torch.inf, row.x + e, -torch.inf).sort(-1).values
+    lowest = torch.where(row.x > -torch.inf, row.x - e, -torch.inf).contiguous()
+    above = row.x.shape[-1] - torch.searchsorted(highest, lowest, right=True).double()
+    return torch.minimum(above, row.count - 1.0).clamp(min=0.0)
+
+
 def normaliser_shift(row: Row, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds on Σ p|ξ| and on the error of the log-sum-exp, both (…, 1), for logit errors ``e`` (…, N).
 
@@ -89,52 +106,79 @@ def normaliser_shift(row: Row, e: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return a, torch.minimum(largest, logarithm)
 
 
-def mean_shift(row: Row, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """Bound on |ô − o| (…, E) for logit errors ``e`` (…, N), values ``v`` (…, N, E), exact ``o`` (…, E).
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """What perturbed weights can do to the mean of ``v``: all but the logit errors, computed once.
 
-    The smallest of three bounds: (1) all logits perturbed, Cauchy–Schwarz, divided by 1 − a; (2) the largest
-        logit
-    held fixed and the others perturbed by E_j + E_top, divided by p_top, sharp for rows that one key
-    dominates; (3) the hull of V, which no positive weights leave.
+    Attributes:
+        row: the weights; v: values (…, N, E); o: their exact mean (…, E).
+        moment: Σ p (v − o)², (…, E); rest: the same without each row's largest weight.
     """
-    a, _ = normaliser_shift(row, e)
-    everything = _spread(row.p, row.log_p, e, v, o) / (1.0 - a).clamp(min=1e-12)
-    everything = torch.where(a < 1.0, everything, torch.inf)
-    rest = row.without_top()
-    pinned = e + e.gather(-1, row.top)
-    dominated = _spread(rest, row.log_p, pinned, v, o) / row.p.gather(-1, row.top).clamp(min=1e-300)
-    # A weight that float64 cannot hold, but that its error may raise to matter: only the hull is left.
-    lost = (row.x > -torch.inf) & (row.log_p < -_LARGEST_TINY) & (row.log_p + pinned > -_NEGLIGIBLE)
-    bound = torch.where(lost.any(-1, keepdim=True), torch.inf, torch.minimum(everything, dominated))
-    return torch.minimum(bound, _hull(v, o))
+
+    row: Row
+    v: torch.Tensor
+    o: torch.Tensor
+    moment: torch.Tensor
+    rest: torch.Tensor
+
+    @classmethod
+    def of(cls, row: Row, v: torch.Tensor, o: torch.Tensor) -> Spread:
+        """The spread of values ``v`` (…, N, E) about ``o`` (…, E)."""
+        centre = v.median(-2, keepdim=True).values
+        d = v - centre
+        squares, shift = d.square(), o - centre
+        moments = (_moment(p, d, squares, shift) for p in (row.p, row.without_top()))
+        return cls(row, v, o, *moments)
+
+    def shift(self, e: torch.Tensor) -> torch.Tensor:
+        """Bound on |ô − o| (…, E) for logit errors ``e`` (…, N).
+
+        The smallest of three bounds: (1) all logits perturbed, Cauchy–Schwarz, divided by 1 − a; (2) the
+        largest logit held fixed and the others perturbed by E_j + E_top, divided by p_top, sharp for rows
+        that one key dominates; (3) the hull of V, which no positive weights leave.
+        """
+        row = self.row
+        a, _ = normaliser_shift(row, e)
+        everything = _times(_strength(row.p, row.log_p, e), self.moment) / (1.0 - a).clamp(min=1e-12)
+        everything = torch.where(a < 1.0, everything, torch.inf)
+        pinned = e + e.gather(-1, row.top)
+        dominated = _times(_strength(row.without_top(), row.log_p, pinned), self.rest)
+        dominated = dominated / row.p.gather(-1, row.top).clamp(min=1e-300)
+        # A weight that float64 cannot hold, but that its error may raise to matter: only the hull is left.
+        lost = (row.x > -torch.inf) & (row.log_p < -_LARGEST_TINY) & (row.log_p + pinned > -_NEGLIGIBLE)
+        bound = torch.where(lost.any(-1, keepdim=True), torch.inf, torch.minimum(everything, dominated))
+        return torch.minimum(bound, _hull(self.v, self.o))
 
 
-def _spread(
-    p: torch.Tensor, log_p: torch.Tensor, e: torch.Tensor, v: torch.Tensor, o: torch.Tensor
-) -> torch.Tensor:
-    """√(Σ p ξ²) · √(Σ p (v − o)²) ≥ Σ p ξ |v − o|, (…, E), rounding of the second factor included."""
+def _strength(p: torch.Tensor, log_p: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """√(Σ p ξ²), (…, 1); with √(Σ p (v − o)²) it bounds Σ p ξ |v − o|."""
     log_square = log_p + 2.0 * _log_expm1(e)
     square = torch.where(
         log_square > _LARGEST_EXPONENT, torch.inf, torch.exp(log_square.clamp(max=_LARGEST_EXPONENT))
     )
-    strength = torch.where(p > 0, square, 0.0).sum(-1, keepdim=True)
-    moment = second_moment(p, v, o)
-    return torch.where(moment == 0, 0.0, strength.sqrt() * moment.sqrt())
+    return torch.where(p > 0, square, 0.0).sum(-1, keepdim=True).sqrt()
+
+
+def _times(strength: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Their product, with the root of ``moment``; 0 where values do not differ, however strong the errors."""
+    return torch.where(moment == 0, 0.0, strength * moment.sqrt())
 
 
 def second_moment(p: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     """Σ_j p_j (v_j − o)² (…, E), raised by what its own float64 evaluation may have lost.
 
-    Values are centred by their mean over keys first, so that a common offset of V does not cancel.
+    Values are centred by their median over keys first, so that a common offset of V does not cancel.
     """
     centre = v.median(-2, keepdim=True).values
     d = v - centre
-    shift = o - centre
-    squares = p @ d.square()
-    mass = p.sum(-1, keepdim=True)
-    moment = squares - 2.0 * shift * (p @ d) + shift.square() * mass
-    lost = (squares + shift.square() * mass) * 1e-13
-    return moment.clamp(min=0.0) + lost
+    return _moment(p, d, d.square(), o - centre)
+
+
+def _moment(p: torch.Tensor, d: torch.Tensor, squares: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Σ p (d − shift)² from centred values ``d`` (…, N, E) and their squares."""
+    square, mass = p @ squares, p.sum(-1, keepdim=True)
+    moment = square - 2.0 * shift * (p @ d) + shift.square() * mass
+    return moment.clamp(min=0.0) + (square + shift.square() * mass) * 1e-13
 
 
 def _log_expm1(e: torch.Tensor) -> torch.Tensor:

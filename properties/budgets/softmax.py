@@ -2,9 +2,10 @@
 
 The kernel's weights are e^{s_j + e_j} with logit errors bounded by E_j: rounding of scaled operands, D-term
 dot products, scaling, soft cap, bias, storage of scores, the argument and value of the exponential, and one
-more exponential for each time an online algorithm rescales what it has (at most once a key). These are common
-to numerator and normaliser, so only the spread of V about o counts (``rows.mean_shift``). What is not common
-is relative to Σ p|v|: storage of P, the two sums, the division, a division-free form's log-sum-exp. One
+more exponential for each time an online algorithm rescales what it has of the key (at most once for each key
+with a larger logit, ``rows.overtaking``). These are common to numerator and normaliser, so only the spread of
+V about o counts (``rows.Spread``). What is not common is relative to Σ p|v|: storage of P, the sum, a
+division-free form's log-sum-exp; the normaliser's own sum, which scales all of a row, only to |o|. One
 rounding of the output is last.
 
 Every algorithm whose roundings are among the declared ones is covered: online, two-pass, split over keys and
@@ -22,8 +23,14 @@ import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.budgets.base import ASKED, Budget, broadcast_mask, dtype_name
-from attnproof.properties.budgets.rounding import LARGEST, Roundings, growth
-from attnproof.properties.budgets.rows import Row, mean_shift, normaliser_shift, second_moment
+from attnproof.properties.budgets.rounding import LARGEST, MEAN_SQUARE, Roundings, growth, half_spacing
+from attnproof.properties.budgets.rows import (
+    Row,
+    Spread,
+    normaliser_shift,
+    overtaking,
+    second_moment,
+)
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
@@ -33,6 +40,9 @@ __all__ = ["attention_budgets"]
 
 # Slack for the float64 evaluation of the budget itself; its own relative error is below 1e-9 for N ≤ 65,536.
 _SLACK = 1.0 + 1e-6
+# Errors of one sign that a declaration allows without asking for them count this many times their mean: a
+# kernel that truncates operands to tf32 then has a mean error/probable of 0.4, below every threshold of bias.
+_LEAN = 2.5
 # Random signs with which the response to rounded operands is sampled: the estimated standard deviation is
 # itself accurate to 1/√(2·probes), 18 %.
 _PROBES = 16
@@ -99,8 +109,9 @@ def attention_budgets(
         x, v = x.new_full((*x.shape[:-1], 1), -torch.inf), v.new_zeros((*v.shape[:-2], 1, v.shape[-1]))
         certain_e = variance_e = torch.zeros_like(x)
     row = Row.of(x)
-    rescales = (row.count + 2.0) * r.exp
     argument = 2.0 * r.elementwise * (2.0 * row.distance + row.largest.abs())
+    # Its own exponential, those of the rescalings, and two more of a sink and of the merge of parts.
+    rescales = (overtaking(row, certain_e) + 3.0) * r.exp
     certain_e = torch.where(row.x > -torch.inf, certain_e + argument + rescales, 0.0)
     exact, exact_e = _exact_rows(problem, row, v, r, certain_e)
     certain_e = torch.where(exact, exact_e, certain_e)
@@ -148,22 +159,22 @@ def _logit_variances(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> torch
         sums = (2.0**-23 * d / 2.0 * t.absolute) ** 2
     else:
         sums = r.accumulate**2 * _summation_variance(d, t.square, t.product)
-    operands = max(r.operand, r.input) ** 2 / 3.0 * t.square
+    operands = max(r.operand, r.input) ** 2 * MEAN_SQUARE * t.square
     variance = scale**2 * (sums + operands)
     stored = 2.0 * t.scaled.square() + 2.0 * t.biased.square()
     if problem.softcap is not None:
         stored = stored + t.capped.square()
         variance = variance + (2.0 * problem.softcap * r.elementwise) ** 2 / 3.0
-    return variance + (r.scores**2 * stored + r.elementwise**2 * t.biased.square()) / 3.0
+    return variance + MEAN_SQUARE * (r.scores**2 * stored + r.elementwise**2 * t.biased.square())
 
 
 def _summation_variance(n: torch.Tensor | float, square: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Variance, over u², of the rounding of a recursive sum of n terms with Σt² and Σt.
 
-    Each of the n partial sums T_k is rounded once (variance T_k²/3); in random order E Σ T_k² ≈ n (Σt²/2 +
-    (Σt)²/3).
+    Each of the n partial sums T_k is rounded once (``MEAN_SQUARE`` T_k²); in random order E Σ T_k² ≈ n (Σt²/2
+    + (Σt)²/3).
     """
-    return n * (square / 2.0 + total.square() / 3.0) / 3.0
+    return n * (square / 2.0 + total.square() / 3.0) * MEAN_SQUARE
 
 
 def _with_sink(
@@ -184,7 +195,7 @@ def _with_sink(
         torch.cat([x, sink.masked_fill(~present, -torch.inf)], -1),
         torch.cat([v, v.new_zeros((*v.shape[:-2], 1, v.shape[-1]))], -2),
         torch.cat([certain_e, stored * sink.abs()], -1),
-        torch.cat([variance_e, (stored * sink).square() / 3.0], -1),
+        torch.cat([variance_e, (stored * sink).square() * MEAN_SQUARE], -1),
     )
 
 
@@ -243,23 +254,38 @@ def _output_budget(
 ) -> Budget:
     o = reference.value.nan_to_num(0.0)
     gauge = row.p @ v.abs()
-    common = mean_shift(row, certain_e, v, o)
     n = row.count
     # Only weights that are exactly 1 or 0 add up without rounding; 1/3 and exp(−log 3) do not.
     alone = exact & (n_top(row) == 1)
     terms = torch.where(exact, n_top(row).double(), n)
-    sums = torch.where(alone, 0.0, 2.0 * growth(2.0 * terms + 8.0, r.accumulate))
+    sums = torch.where(alone, 0.0, growth(2.0 * terms + 8.0, r.accumulate))
     weights = torch.where(alone, 0.0, max(r.probabilities, r.operand))
     size = row.lse.abs() + 1.0
     division_free = torch.expm1((6.0 * r.elementwise + 2.0 * r.lse) * size).clamp(max=1e300)
-    relative = sums + weights + r.input + 6.0 * r.elementwise + division_free
+    relative = sums + r.input + 6.0 * r.elementwise + division_free
+    # 1 / (1 + η) − 1 for a normaliser that is off by the η of a sum as long.
+    normaliser = torch.where(alone, 0.0, growth(4.0 * terms + 16.0, r.accumulate) / 2.0)
+    normaliser = normaliser + torch.where(exact, 0.0, 2.0 * n * r.probabilities_tiny)
     # Perturbed weights can raise Σ p|v|, at most to the largest |v|.
     seen_sum = problem.seen.double() @ v[..., : problem.seen.shape[-1], :].abs()
-    inflated = gauge + mean_shift(row, certain_e, v.abs(), gauge)
     tiny = r.probabilities_tiny * seen_sum + r.accumulate_tiny * (2.0 * n + 8.0)
     tiny = torch.where(exact, 0.0, tiny) + (r.operand_tiny if r.input else 0.0)
-    # No error is relative to nothing, even where the growth of rounding errors is unbounded.
-    before = common + torch.where((inflated == 0) | (seen_sum == 0), 0.0, relative * inflated) + tiny
+
+    spread, sizes = Spread.of(row, v, o), Spread.of(row, v.abs(), gauge)
+
+    def undivided(e: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Error for logit errors ``e`` and errors ``own`` of the numerator's terms, its normaliser exact."""
+        inflated = gauge + sizes.shift(e)
+        # No error is relative to nothing, even where the growth of rounding errors is unbounded.
+        numerator = torch.where((inflated == 0) | (seen_sum == 0), 0.0, own * inflated)
+        return spread.shift(e) + numerator + tiny
+
+    before = undivided(certain_e, relative + weights)
+    # A normaliser that sums P as stored shares its rounding, which then is one more error of the logits.
+    shared = torch.where(row.x > -torch.inf, -torch.log1p(-weights.clamp(max=0.5)), 0.0)
+    before = torch.maximum(before, undivided(certain_e + shared, relative))
+    scaled = o.abs() + before
+    before = before + torch.where(scaled == 0, 0.0, normaliser * scaled)
     certain = (before * (1.0 + r.output) + r.output * o.abs() + r.output_tiny) * _SLACK
     probable = _probable_output(problem, r, row, v, o, variance_e, logits)
     return _limits(problem, "o", o, certain, probable, contract, r, row, logits, gauge)
@@ -288,38 +314,51 @@ def _probable_output(
         -1, keepdim=True
     )
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
+    # Truncated q and k shrink all logits, truncated P and V the numerator.
+    variance = variance + (2.0 * _LEAN * r.operand_lean) ** 2 * (stretch.square() + o.square())
     if max(r.operand, r.input) > 2.0**-20:
-        variance = variance + max(r.operand, r.input) ** 2 / 3.0 * _operand_response(
-            problem, row, v, o, logits
-        )
+        variance = variance + _operand_response(problem, r, row, v, o, logits)
     stored = max(r.probabilities, r.operand) ** 2
-    variance = variance + stored / 3.0 * (
-        squares + _coincidence(row, max(r.probabilities, r.operand)) * o.square()
-    )
-    variance = (
-        variance + (r.input**2 * squares + r.probabilities_tiny**2 * v.square().sum(-2, keepdim=True)) / 3.0
-    )
+    coincidence = _coincidence(row, max(r.probabilities, r.operand))
+    # Weights that coincide in all rows err alike in all of them: not by chance but by up to u, so that the
+    # mean of error/probable is at most 1 even where this is the only error.
+    variance = variance + stored * (MEAN_SQUARE * squares + coincidence * o.square())
+    variance = variance + r.input**2 * MEAN_SQUARE * squares
+    if r.input:
+        # Values that are subnormal in the operands' format are rounded to its smallest spacing.
+        variance = variance + r.operand_tiny**2 / 3.0 * p.square().sum(-1, keepdim=True)
+    variance = variance + r.probabilities_tiny**2 * v.square().sum(-2, keepdim=True) / 3.0
     if r.truncated:
         variance = variance + (2.0**-23 * n / 2.0 * (p @ v.abs())).square()
     else:
-        variance = variance + r.accumulate**2 * (_summation_variance(n, squares, o) + n * o.square() / 9.0)
+        # The normaliser's own sum, of positive terms, is Σ T_k² ≈ n/3 with T_n = 1.
+        sums = _summation_variance(n, squares, o) + n / 3.0 * MEAN_SQUARE * o.square()
+        variance = variance + r.accumulate**2 * sums
     variance = variance + (3.0 * r.elementwise * o).square() / 3.0
-    return (variance + (r.output**2 * o.square() + r.output_tiny**2 + n * r.accumulate_tiny**2) / 3.0).sqrt()
+    variance = variance + half_spacing(o, r.output, r.output_tiny).square() / 3.0
+    return (variance + n * r.accumulate_tiny**2 / 3.0).sqrt()
+
+
+def _query_rounding(problem: SoftmaxProblem, r: Roundings, q: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of the rounding of each element of scale·q, (B, H, M, D); absolute if subnormal."""
+    relative = max(r.operand, r.input) * math.sqrt(MEAN_SQUARE) * abs(problem.scale) * q.abs()
+    return torch.maximum(relative, torch.where(q == 0, 0.0, r.operand_tiny / math.sqrt(3.0)))
 
 
 def _operand_response(
-    problem: SoftmaxProblem, row: Row, v: torch.Tensor, o: torch.Tensor, logits: _Logits
+    problem: SoftmaxProblem, r: Roundings, row: Row, v: torch.Tensor, o: torch.Tensor, logits: _Logits
 ) -> torch.Tensor:
-    """Σ_d (scale q_d Cov_p(k_d, v))², (B, H, M, E): o's response to rounded queries, one error for all keys.
+    """Σ_d (σ_d Cov_p(k_d, v))², (B, H, M, E): o's response to rounded queries, one error for all keys.
 
-    Sampled with random signs r_d: E (Σ_d r_d c_d)² = Σ_d c_d².
+    σ_d is the error of scale·q_d. Sampled with random signs r_d: E (Σ_d r_d c_d)² = Σ_d c_d².
     """
     generator = torch.Generator().manual_seed(0)
     extra = row.p.shape[-1] - logits.product.shape[-1]
     total = torch.zeros_like(o)
+    sigma = _query_rounding(problem, r, logits.q)
     for _ in range(_PROBES):
         signs = torch.randint(0, 2, (logits.q.shape[-1],), generator=generator).double() * 2.0 - 1.0
-        t = problem.scale * ((logits.q * signs) @ logits.k.transpose(-1, -2))
+        t = (sigma * signs) @ logits.k.transpose(-1, -2)
         weighted = row.p * torch.nn.functional.pad(t, (0, extra)) if extra else row.p * t
         total += (weighted @ v - weighted.sum(-1, keepdim=True) * o).square()
     return total / _PROBES
@@ -363,18 +402,17 @@ def _lse_budget(
     error = shift.squeeze(-1) + growth(2.0 * n + 8.0, r.accumulate) + steps
     certain = (error * (1.0 + r.output) + r.output * size + r.output_tiny) * _SLACK
     p2 = row.p.square()
-    variance = (p2 * variance_e).sum(-1) + (n / 9.0) * r.accumulate**2
+    variance = (p2 * variance_e).sum(-1) + n / 3.0 * MEAN_SQUARE * r.accumulate**2
     if max(r.operand, r.input) > 2.0**-20 and logits.k.shape[-2]:
         p = row.p[..., : logits.k.shape[-2]]
-        response = (problem.scale * (p @ logits.k) * logits.q).square().sum(-1)
-        variance = variance + max(r.operand, r.input) ** 2 / 3.0 * response
+        sigma = _query_rounding(problem, r, logits.q)
+        variance = variance + ((p @ logits.k) * sigma).square().sum(-1)
     stretch = (row.p * torch.where(row.p > 0, row.x, 0.0)).sum(-1)
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
+    variance = variance + (2.0 * _LEAN * r.operand_lean * stretch).square()
     variance = variance + (r.elementwise * (1.0 + logarithm)).square() * 4.0 / 3.0
-    variance = (
-        variance
-        + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
-    )
+    variance = variance + 2.0 * r.elementwise**2 * (m**2 + size**2) * MEAN_SQUARE
+    variance = variance + half_spacing(lse, r.output, r.output_tiny).square() / 3.0
     return _limits(
         problem, "lse", lse, certain, variance.sqrt(), contract, r, row, logits, torch.zeros_like(lse)
     )

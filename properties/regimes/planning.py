@@ -33,8 +33,8 @@ SIZES: dict[str, tuple[int, ...]] = {
 }
 """Lengths (M, N) by class; kernels are most often wrong at and beside multiples of a tile."""
 
-GROUPS = (1, 2, 7)
-"""Query heads per key/value head; 7 is no power of two (bug B18)."""
+GROUPS = (1, 2, 3, 7)
+"""Query heads per key/value head; 3 and 7 are no powers of two (bug B18)."""
 
 WIDTHS = (
     (64, 64),
@@ -283,8 +283,8 @@ class _Planner:
             rows = self._turn("rows", (5, 1, 16, 33, 8))
             return {"R": max(1, min(rows, work // (64 * max(1, length)))), "N": length}
         width, value = self._width(regime)
-        group = self._turn("group", (1, 2, 1, 7, 2))
-        batch = 1 if "cu_seqlens" in chosen or group == 7 else self._turn("batch", (2, 1, 3))
+        group = self._turn("group", (1, 2, 3, 1, 7, 2))
+        batch = 1 if "cu_seqlens" in chosen or group > 2 else self._turn("batch", (2, 1, 3))
         heads = group * (1 if group == 7 else self._turn("kv heads", (1, 2)))
         relation = "square" if "cu_seqlens" in chosen else self._turn("relation", RELATIONS)
         rows = {

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from attnproof.judge import prepare
+from attnproof.properties.budgets import softmax as budgets
 from attnproof.properties.budgets.base import Budget
+from attnproof.properties.budgets.rounding import half_spacing
+from attnproof.properties.budgets.rows import Row, overtaking
 from attnproof.properties.case import Case, Inputs, make_inputs
 from attnproof.properties.contract import Contract, Precision
 from attnproof.properties.families import FAMILIES
@@ -132,7 +135,85 @@ def one_key_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     return (acc / total).to(q.dtype)
 
 
+def sums_of_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The normaliser sums P as it is stored."""
+    s = (q.float() @ k.float().mT) * scale
+    p = torch.exp(s - s.amax(-1, keepdim=True)).to(v.dtype).float()
+    return ((p @ v.float()) / p.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def lazy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Online, tile 8; the maximum in use is replaced only where it is exceeded by more than log 256."""
+    m = torch.full(q.shape[:-1], -torch.inf)[..., None]
+    total, acc = torch.zeros_like(m), torch.zeros(*q.shape[:-1], v.shape[-1])
+    for kt, vt in zip(k.split(8, -2), v.split(8, -2), strict=True):
+        s = (q.float() @ kt.float().mT) * scale
+        highest = torch.maximum(m, s.amax(-1, keepdim=True))
+        new = torch.where(highest - m > math.log(256.0), highest, m)
+        p, alpha = torch.exp(s - new), torch.exp(m - new)
+        total = total * alpha + p.sum(-1, keepdim=True)
+        acc = acc * alpha + p.to(v.dtype).float() @ vt.float()
+        m = new
+    return (acc / total).to(q.dtype)
+
+
+def normalised_accumulator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """FlashAttention's first algorithm (arXiv 2205.14135, Algorithm 1): divided after every tile."""
+    m = torch.full(q.shape[:-1], -torch.inf)[..., None]
+    total, o = torch.zeros_like(m), torch.zeros(*q.shape[:-1], v.shape[-1])
+    for kt, vt in zip(k.split(8, -2), v.split(8, -2), strict=True):
+        s = (q.float() @ kt.float().mT) * scale
+        own = s.amax(-1, keepdim=True)
+        new = torch.maximum(m, own)
+        p = torch.exp(s - own)
+        longer = torch.exp(m - new) * total + torch.exp(own - new) * p.sum(-1, keepdim=True)
+        added = torch.exp(own - new) * (p.to(v.dtype).float() @ vt.float())
+        o = (total * torch.exp(m - new) * o + added) / longer
+        m, total = new, longer
+    return o.to(q.dtype)
+
+
+def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Parts of 16 keys merged one after the other by their log-sum-exps, as in ring attention."""
+    o, lse = torch.zeros(*q.shape[:-1], v.shape[-1]), torch.full(q.shape[:-1], -torch.inf)[..., None]
+    for kt, vt in zip(k.split(16, -2), v.split(16, -2), strict=True):
+        s = (q.float() @ kt.float().mT) * scale
+        part = torch.logsumexp(s, -1, keepdim=True)
+        p = torch.exp(s - s.amax(-1, keepdim=True))
+        block = (p.to(v.dtype).float() @ vt.float()) / p.sum(-1, keepdim=True)
+        joined = torch.logaddexp(lse, part)
+        o, lse = o * torch.exp(lse - joined) + block * torch.exp(part - joined), joined
+    return o.to(q.dtype)
+
+
+def hostile(sign: float, ulps: float = 2.0) -> Algorithm:
+    """Online, one key at a time in rising order; every exponential but 1 off by its declared ulps."""
+
+    def exp(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x == 0, 1.0, torch.exp(x) * (1.0 + sign * ulps * 2.0**-23))
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        s, order = ((q.float() @ k.float().mT) * scale).sort(-1)
+        wide = v.float().unsqueeze(-3).expand(*s.shape, v.shape[-1])
+        values = wide.gather(-2, order.unsqueeze(-1).expand(*order.shape, v.shape[-1]))
+        m = torch.full(q.shape[:-1], -torch.inf)[..., None]
+        total, acc = torch.zeros_like(m), torch.zeros(*q.shape[:-1], v.shape[-1])
+        for j in range(s.shape[-1]):
+            new = s[..., j : j + 1]
+            alpha = exp(m - new)
+            total, acc, m = total * alpha + 1.0, acc * alpha + values[..., j, :], new
+        return (acc / total).to(q.dtype)
+
+    return run
+
+
 ALLOWED: dict[str, Algorithm] = {
+    "sums of stored P": sums_of_stored,
+    "lazy": lazy,
+    "normalised accumulator": normalised_accumulator,
+    "ring": ring,
+    "hostile exponentials, up": hostile(1.0),
+    "hostile exponentials, down": hostile(-1.0),
     "two-pass": two_pass,
     "divided first": divided_first,
     "division-free": division_free,
@@ -233,6 +314,17 @@ def test_certain_is_exceeded_by_roundings_that_are_not_declared(name: str) -> No
 def test_declaring_what_a_kernel_rounds_makes_room_for_it() -> None:
     declared = Precision(matmul_input="tf32")
     assert max(ratio(tf32_inputs, regime, "float32", declared) for regime in REGIMES) <= 1.0
+
+
+@pytest.mark.parametrize("regime", ["normal", "one-sign-values", "uniform"])
+def test_truncation_to_tf32_leans_to_one_side_within_the_probable_budget(regime: str) -> None:
+    """Hardware cuts bits off: q·k, P and V are all smaller than themselves, and their sums too."""
+    inputs, exact, budget = prepared(regime, "float32", 500, Precision(matmul_input="tf32"))
+    got = tf32_inputs(*inputs.tensors.values(), inputs.options["scale"]).double()
+    lean = ((got - exact) * exact.sign() / budget.probable).mean()
+    assert -0.5 < float(lean) < -0.3
+    undeclared = prepared(regime, "float32", 500, PLAIN)[2]
+    assert float(((got - exact) / undeclared.probable).square().mean().sqrt()) > 10.0
 
 
 def test_budgets_grow_with_every_looser_declaration() -> None:
@@ -360,3 +452,59 @@ def test_declared_values_of_empty_rows_hold_for_every_family() -> None:
             certify(problem, lambda found: {"y": found["y"].radius}).outputs, contract
         )["y"].literal
         assert value == literal or math.isnan(value) == math.isnan(literal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_the_spacing_at_a_number_is_what_the_format_has(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    smallest = info.tiny * info.eps
+    x = torch.tensor([1.0, 1.5, -3.7, 1024.0, 1e-4, 65000.0, info.tiny, smallest * 5, 0.0], dtype=dtype)
+    beyond = torch.nextafter(x.abs(), torch.tensor(torch.inf, dtype=dtype)).double()
+    half = half_spacing(x.double(), info.eps / 2, smallest / 2)
+    assert torch.equal(half, (beyond - x.abs().double()) / 2)
+
+
+def test_keys_that_may_overtake_are_counted_as_by_comparing_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = (
+        torch.randn(5, 40, generator=generator)
+        .double()
+        .masked_fill(torch.rand(5, 40, generator=generator) < 0.2, -torch.inf)
+    )
+    x[4] = -torch.inf
+    x[3, :10] = 1.0
+    for size in (0.0, 0.01, 10.0):
+        e = torch.rand(5, 40, generator=generator).double() * size
+        pairs = ((x + e)[:, None, :] > (x - e)[:, :, None]) & ~torch.eye(40, dtype=torch.bool)
+        seen = x > -torch.inf
+        counted = overtaking(Row.of(x), e)
+        asked = (pairs & seen[:, None, :]).sum(-1)
+        assert bool((counted[seen] >= asked[seen]).all())
+        assert bool((counted[seen] <= asked[seen] + 1).all())
+    assert bool((overtaking(Row.of(x), torch.full((5, 40), torch.inf).double())[x > -torch.inf] > 0).all())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_every_rescaling_may_be_off_by_what_an_exponential_may(
+    sign: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exponentials of 2048 ulps, rescalings are all of the error: a bound without them is exceeded."""
+    precision, algorithm = Precision(exp_ulp=2048.0), hostile(sign, 2048.0)
+    worst = [ratio(algorithm, r, "float32", precision, n) for r in REGIMES for n in (20, 100)]
+    assert 0.2 < max(worst) <= 1.0
+    monkeypatch.setattr(budgets, "overtaking", lambda row, e: torch.zeros_like(e))
+    prepared.cache_clear()
+    assert ratio(algorithm, "normal", "float32", precision, 100) > 1.0
+    prepared.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("regime", ["normal", "tied", "one-sign-values"])
+def test_probable_is_the_standard_deviation_of_a_healthy_error_in_half_precision(
+    regime: str, dtype: str
+) -> None:
+    inputs, exact, budget = prepared(regime, dtype, 100, UNSCALED)
+    for algorithm in (two_pass, online(16), split(3), divided_first):
+        got = algorithm(*inputs.tensors.values(), inputs.options["scale"]).double()
+        spread = float(((got - exact) / budget.probable).square().mean().sqrt())
+        assert 0.75 < spread < 1.25, (algorithm, spread)

@@ -8,6 +8,7 @@ from attnproof.reports.record import (
     SCHEMA_VERSION,
     CaseJudged,
     CaseRecord,
+    Counterexample,
     Failure,
     Finding,
     KernelJudged,
@@ -46,6 +47,7 @@ statistics = st.builds(
     rms_probable=RATIOS,
     bias=RATIOS,
     certain_reach=RATIOS,
+    worst_threshold=RATIOS,
     logit_magnitude=st.none() | RATIOS,
     arithmetic=st.dictionaries(WORDS, st.integers(0, 2**40), max_size=2),
 )
@@ -62,21 +64,22 @@ failures = st.builds(
 )
 COLUMNS = st.dictionaries(WORDS, st.lists(RATIOS | WHOLE, max_size=5), max_size=3)
 series = st.builds(Series, columns=COLUMNS)
+judged = st.builds(
+    CaseJudged,
+    case=cases,
+    verdict=st.sampled_from(["PASS", "FAIL", "UNVERIFIED", "DECLINED"]),
+    expected=st.sampled_from(["PASS", "FAIL"]),
+    failures=st.lists(failures, max_size=2).map(tuple),
+    vacuous=st.lists(WORDS, max_size=2).map(tuple),
+    unjudged=st.dictionaries(WORDS, st.integers(0, 2**40), max_size=2),
+    outputs=st.dictionaries(st.sampled_from(["o", "lse"]), statistics),
+    seconds=RATIOS,
+    kernel_seconds=RATIOS,
+)
 events = st.one_of(
     st.builds(RunStarted, schema=st.just(SCHEMA_VERSION), seed=WHOLE),
     st.builds(KernelStarted, contract=TABLES, planned=WHOLE),
-    st.builds(
-        CaseJudged,
-        case=cases,
-        verdict=st.sampled_from(["PASS", "FAIL", "UNVERIFIED", "DECLINED"]),
-        expected=st.sampled_from(["PASS", "FAIL"]),
-        failures=st.lists(failures, max_size=2).map(tuple),
-        vacuous=st.lists(WORDS, max_size=2).map(tuple),
-        unjudged=st.dictionaries(WORDS, st.integers(0, 2**40), max_size=2),
-        outputs=st.dictionaries(st.sampled_from(["o", "lse"]), statistics),
-        seconds=RATIOS,
-        kernel_seconds=RATIOS,
-    ),
+    judged,
     st.builds(
         KernelJudged,
         cases=WHOLE,
@@ -85,6 +88,17 @@ events = st.one_of(
         declined=WHOLE,
         unverified=WHOLE,
         seconds=RATIOS,
+    ),
+    st.builds(
+        Counterexample,
+        found=cases,
+        case=cases,
+        verdict=judged,
+        sentences=st.lists(WORDS, max_size=2).map(tuple),
+        tensors=st.lists(WORDS, max_size=2).map(tuple),
+        cases=WHOLE,
+        seconds=RATIOS,
+        shrinking_seconds=RATIOS,
     ),
     st.builds(Finding, series=st.lists(series, max_size=2).map(tuple)),
     st.builds(RunFinished, exit_code=st.integers(0, 3), seconds=RATIOS),

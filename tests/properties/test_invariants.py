@@ -1,0 +1,246 @@
+"""Invariants hold between exact results: variants are exact and relations true, whatever a kernel does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from attnproof.properties.arithmetic.base import Enclosure
+from attnproof.properties.case import Case, make_inputs
+from attnproof.properties.contract import Contract, ContractError, Supports
+from attnproof.properties.invariants import (
+    INVARIANTS,
+    Balance,
+    Bounds,
+    Call,
+    Merge,
+    Plan,
+    check_names,
+    invariants_for,
+)
+from attnproof.properties.oracle import reference
+from attnproof.properties.regimes import plan
+from attnproof.properties.views import unit_last_stride
+
+OPTIONS = ("causal", "window", "softcap", "bias", "sinks", "cu_seqlens", "return_lse")
+FULL = Contract("softmax", options=OPTIONS)
+# Small cases that between them have every option, both directions of M against N, groups and empty rows.
+SOFTMAX = (
+    "softmax:bfloat16:normal:B2,H4,G2,M7,N13,D8,E4:return_lse:contiguous:1",
+    "softmax:float16:normal:B2,H2,G1,M9,N6,D8,E4:causal,return_lse:transposed:2",
+    "softmax:float32:normal:B1,H2,G2,M6,N11,D5,E3:window=3..1,bias=11mn,return_lse:columns:3",
+    "softmax:bfloat16:masked:B1,H2,G1,M8,N8,D8,E1:causal,bias=b1mn,return_lse:sliced:4",
+    "softmax:float16:normal:B1,H2,G1,M12,N12,D8,E4:bias=1h1n,cu_seqlens=4+0+8,return_lse:unaligned:5",
+    "softmax:float32:large-logits:B2,H1,G1,M5,N9,D8,E4:sinks,return_lse:broadcast:6",
+    "softmax:float16:normal:B1,H3,G1,M4,N10,D8,E4:softcap=2.0,return_lse:contiguous:7",
+)
+ROWS = (
+    "{}:bfloat16:normal:R4,N9:-:contiguous:1",
+    "{}:float16:masked:R5,N7:-:sliced:2",
+    "{}:float32:near-largest:R3,N6:-:columns:3",
+    "{}:float32:large-logits:R1,N1:-:contiguous:4",
+)
+CASES = [Case.parse(text) for text in SOFTMAX]
+CASES += [Case.parse(text.format(family)) for family in ("logsumexp", "softmax_rows") for text in ROWS]
+CONTRACTS = {
+    "all options": FULL,
+    "causal only": Contract("softmax", options=("causal", "window", "cu_seqlens", "return_lse")),
+    "top-left": Contract("softmax", options=OPTIONS, causal_alignment="top-left"),
+    "may leak": Contract("softmax", options=OPTIONS, unseen_nonfinite="may-leak"),
+}
+
+
+def contract_for(case: Case, contract: Contract) -> Contract | None:
+    """The contract for the case's family; None where it lacks one of the case's options."""
+    if case.family != "softmax":
+        return dataclasses.replace(contract, family=case.family, options=())
+    return contract if {name for name, _ in case.options} <= set(contract.options) else None
+
+
+def exact(call: Call, contract: Contract) -> Mapping[str, Enclosure]:
+    """The outputs by name; NaN in rows without keys, of which the contract asks a value of its own."""
+    tensors = call.inputs.tensors.values()
+    if call.case.family != "softmax":
+        y = reference(call.case.family, *tensors)
+        assert isinstance(y, Enclosure)
+        return {"y": y}
+    options = {**call.inputs.options, "return_lse": True}
+    o, lse = reference("softmax", *tensors, **options, causal_alignment=contract.causal_alignment)
+    empty = (lse.value == -torch.inf)[..., None]
+    return {"o": Enclosure(o.value.masked_fill(empty, torch.nan), o.radius), "lse": lse}
+
+
+def deviations(planned: Plan, contract: Contract) -> list[tuple[str, float]]:
+    """How far each relation is from true, over what the references' radii allow."""
+    results = [exact(call, contract) for call in planned.calls]
+    found = []
+    for relation in planned.relations:
+        if isinstance(relation, Balance):
+            total, allowed = 0.0 - relation.constant, relation.radius
+            for term in relation.terms:
+                result = results[term.call][term.output]
+                select = term.select or (lambda tensor: tensor)
+                total = total + term.factor * select(result.value)
+                allowed = allowed + abs(term.factor) * (select(result.radius) + select(size(result)))
+            found.append((relation.terms[0].output, worst(total.abs(), allowed)))
+        elif isinstance(relation, Bounds):
+            result = results[relation.call][relation.output]
+            outside = torch.maximum(relation.lower - result.value, result.value - relation.upper)
+            outside = torch.where(result.value.isfinite() & relation.lower.isfinite(), outside, torch.nan)
+            found.append((relation.output, worst(outside, result.radius + size(result))))
+        else:
+            found += merged(relation, results)
+    return found
+
+
+def merged(relation: Merge, results: list[Mapping[str, Enclosure]]) -> list[tuple[str, float]]:
+    whole, (one, two) = results[relation.whole], (results[part] for part in relation.parts)
+    l1, l2 = one["lse"].value, two["lse"].value
+    w = torch.sigmoid(l1 - l2)[..., None]
+    o = w * one["o"].value + (1.0 - w) * two["o"].value
+    # The radii of the log-sum-exp move the weights; 2⁻³⁸ is four of the default tolerance of a reference.
+    slack = 2.0**-38 * (1.0 + l1.abs() + l2.abs())
+    spread = slack[..., None] * (one["o"].value.abs() + two["o"].value.abs())
+    return [
+        ("o", worst((whole["o"].value - o).abs(), spread)),
+        ("lse", worst((whole["lse"].value - torch.logaddexp(l1, l2)).abs(), slack)),
+    ]
+
+
+def size(result: Enclosure) -> torch.Tensor:
+    """What float64 may lose in a sum of such values."""
+    return 2.0**-50 * (1.0 + result.value.abs())
+
+
+def worst(difference: torch.Tensor, allowed: torch.Tensor) -> float:
+    """The largest ratio where both are numbers: rows that see a NaN, or no key, are left out."""
+    ratio = difference / allowed
+    ratio = ratio[ratio.isfinite()]
+    return float(ratio.max()) if ratio.numel() else 0.0
+
+
+@pytest.mark.parametrize("name", INVARIANTS)
+def test_the_relation_holds_between_exact_results(name: str) -> None:
+    invariant, tried = INVARIANTS[name], 0
+    for case, declared in itertools.product(CASES, CONTRACTS.values()):
+        contract = contract_for(case, declared)
+        planned = contract and invariant.variants(case, make_inputs(case), contract)
+        if contract is None or planned is None:
+            continue
+        tried += 1
+        for output, ratio in deviations(planned, contract):
+            assert ratio <= 1.0, (case.id, output, ratio)
+    assert tried >= 3
+
+
+def test_a_false_relation_would_be_seen() -> None:
+    case = CASES[0]
+    planned = INVARIANTS["key-duplication"].variants(case, make_inputs(case), FULL)
+    assert planned is not None
+    assert all(ratio <= 1.0 for _, ratio in deviations(planned, FULL))
+    (o, lse) = planned.relations
+    assert isinstance(lse, Balance)
+    wrong = dataclasses.replace(lse, constant=lse.constant + 1e-9)
+    ratios = dict(deviations(dataclasses.replace(planned, relations=(o, wrong)), FULL))
+    assert ratios["o"] <= 1.0 < ratios["lse"]
+
+
+def test_a_shift_that_is_rounded_would_be_seen() -> None:
+    case = Case.parse("softmax:float32:normal:B1,H1,G1,M3,N9,D8,E4:-:contiguous:2")
+    planned = INVARIANTS["score-shift"].variants(case, make_inputs(case), Contract("softmax"))
+    assert planned is not None
+    _, moved = planned.calls
+    k = moved.inputs.tensors["k"]
+    moved.inputs.tensors["k"] = k + 2.0**-20 * torch.arange(9.0)[:, None]
+    assert max(ratio for _, ratio in deviations(planned, Contract("softmax"))) > 1.0
+
+
+@pytest.mark.parametrize(
+    "supports", [Supports(multiple_of=16, last_stride_one=True, nonempty=True), Supports(multiple_of=48)]
+)
+def test_variants_stay_within_what_the_kernel_supports(supports: Supports) -> None:
+    contract = dataclasses.replace(FULL, supports=supports)
+    cases = plan("softmax", dtypes=("float16",), options=OPTIONS, supports=supports, budget=24, seed=5)
+    calls = 0
+    for case, invariant in itertools.product(cases, invariants_for("softmax", contract)):
+        if case["N"] * case["M"] > 2**15:
+            continue
+        planned = invariant.variants(case, make_inputs(case), contract)
+        for call in planned.calls if planned else ():
+            calls += 1
+            words = (invariant.name, call.words, call.case.id)
+            assert call.case["N"] % supports.multiple_of == 0, words
+            assert all(call.case.sizes.values()), words
+            tensors = call.inputs.tensors.values()
+            if supports.last_stride_one:
+                assert unit_last_stride(call.case.view, 4), words
+                assert all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors), words
+    assert calls > 200
+
+
+def test_a_variant_asks_for_no_option_that_the_kernel_lacks() -> None:
+    plain = Contract("softmax", options=("causal",))
+    for case in plan("softmax", dtypes=("float16",), options=("causal",), budget=12):
+        for invariant in invariants_for("softmax", plain):
+            planned = invariant.variants(case, make_inputs(case), plain)
+            for call in planned.calls if planned else ():
+                assert set(call.inputs.options) <= {"scale", "causal"}, (invariant.name, case.id)
+
+
+def test_the_case_of_a_call_describes_it() -> None:
+    for case, invariant in itertools.product(CASES[:7], invariants_for("softmax", FULL)):
+        planned = invariant.variants(case, make_inputs(case), FULL)
+        for call in planned.calls if planned else ():
+            q, k, v = call.inputs.tensors.values()
+            sizes = [*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[3]]
+            assert list(call.case.sizes.values()) == sizes
+            passed = {name for name, _ in call.case.options} | {"scale"}
+            assert set(call.inputs.options) == passed, (invariant.name, case.id)
+            assert Case.parse(call.case.id) == call.case
+
+
+def test_variants_are_the_same_each_time() -> None:
+    case = CASES[0]
+    for invariant in invariants_for("softmax", FULL):
+        first, again = (invariant.variants(case, make_inputs(case), FULL) for _ in range(2))
+        assert (first is None) == (again is None)
+        for one, two in zip(first.calls if first else (), again.calls if again else (), strict=True):
+            assert one.case == two.case
+            pairs = zip(one.inputs.tensors.values(), two.inputs.tensors.values(), strict=True)
+            assert all(torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)) for a, b in pairs)
+
+
+def test_transformations_change_something() -> None:
+    case = CASES[0]
+    own = make_inputs(case).tensors
+    by_keys = Contract("softmax", options=("return_lse",))
+    for name in ("key-permutation", "query-permutation", "score-shift", "value-linearity", "ones"):
+        planned = INVARIANTS[name].variants(case, make_inputs(case), by_keys)
+        assert planned is not None
+        assert any(not torch.equal(own[t], planned.calls[-1].inputs.tensors[t]) for t in own), name
+
+
+def test_names_are_checked_and_left_out() -> None:
+    assert check_names(["ones", "strides"]) == ("ones", "strides")
+    with pytest.raises(ContractError, match=r"without='one': .*key-permutation, .*length-padding"):
+        check_names(["one"])
+    declared = FULL.declare({"without": "ones,strides"})
+    names = {invariant.name for invariant in invariants_for("softmax", declared)}
+    assert names == set(INVARIANTS) - {"ones", "strides"}
+    assert not INVARIANTS["ones"].applicable(CASES[0], declared)
+    with pytest.raises(ContractError, match="no such invariant"):
+        invariants_for("softmax", dataclasses.replace(FULL, without=("three",)))
+
+
+def test_families_and_degenerate_sizes() -> None:
+    for invariant in INVARIANTS.values():
+        assert "softmax" in invariant.families
+        empty = Case.parse("softmax:float16:normal:B1,H2,G1,M3,N0,D8,E8:-:contiguous:1")
+        assert not invariant.applicable(empty, FULL)
+    rows = {invariant.name for invariant in invariants_for("logsumexp", Contract("logsumexp"))}
+    assert {"key-permutation", "score-shift", "key-duplication", "row-independence", "determinism"} <= rows
+    assert "grouped-heads" not in rows

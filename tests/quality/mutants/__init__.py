@@ -1,0 +1,1 @@
+"""Deliberate defects by which the power of the suite is measured: see :mod:`tests.quality.mutants.mutant`."""

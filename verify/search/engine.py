@@ -1,0 +1,402 @@
+"""The search for an input on which a kernel is wrong: its phases, its threads, and what it tells.
+
+Phases, in this order: *replay* of failures that earlier searches found; the *opening* (the likeliest failures
+first); the *plan* of regimes, dtypes and pairs of options, with *larger* sizes and the *invariants* dealt in
+between; then, until the time is up, *random* structure in every thread but one, in which Hypothesis is
+*climbing* towards the budget's edge. The first failure ends the search; it is made small, put into words and
+into a script, and remembered for the next search.
+
+Judge threads share this process: while one waits for its worker process, another certifies a reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from hypothesis.database import ExampleDatabase
+
+from attnproof.campaign import Limits, judge_kernel, kernel_started, run_finished, run_started
+from attnproof.outcomes import Raised
+from attnproof.properties.case import Case, Inputs
+from attnproof.properties.invariants import Invariant, invariants_for
+from attnproof.properties.regimes import plan
+from attnproof.properties.regimes.opening import larger, opening
+from attnproof.reports.record import CaseJudged, Counterexample, Event, KernelJudged
+from attnproof.search.climbing import Stopped, climb
+from attnproof.search.diagnosis import diagnose
+from attnproof.search.evidence import Evidence
+from attnproof.search.known import Known, forget, recall, remember
+from attnproof.search.prober import Prober
+from attnproof.search.scripts import script, values_in_words
+from attnproof.search.shrinking import shrink
+from attnproof.targets import Importable, TargetError
+from attnproof.trials import JudgedCall, Subject, case_record
+
+__all__ = ["DEFAULT_SECONDS", "Search"]
+
+DEFAULT_SECONDS = 55.0
+"""A default search, with shrinking and words, ends within a minute on two cores."""
+
+# Of the time, at most this many seconds, and at most this share, are kept for making a failure small.
+_SHRINKING_SECONDS, _SHRINKING_SHARE = 15.0, 0.3
+# Cases of the plan: all regimes in all dtypes and all pairs of options of a softmax kernel take about 150.
+_PLANNED = 150
+# After this many cases of the plan comes one of the larger sizes or an invariant.
+_DEALT_EVERY = 4
+# A search that judged a smaller share of what it planned has not verified the kernel.
+_FEWEST = 0.5
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One thing to judge: a case, a failure of an earlier search, or an invariant at a case."""
+
+    phase: str
+    case: Case
+    invariant: Invariant | None = None
+    known: Known | None = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    step: _Step
+    judged: JudgedCall
+    prober: Prober
+    recent: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search for a failure of one kernel.
+
+    Attributes:
+        subject: the kernel under its contract.
+        command: for the record.
+        examples: cases to judge, or None for as many as the time allows.
+        seconds: time of the whole search with shrinking, or None for no limit (with ``examples``).
+        seed: of all inputs and choices; jobs: judge threads, each with a worker process.
+        limits: of each worker; database: where failures are kept, or None.
+        minimise: whether a failure is made small and put into words.
+    """
+
+    subject: Subject
+    command: str = "attnproof.fuzz"
+    examples: int | None = None
+    seconds: float | None = DEFAULT_SECONDS
+    seed: int = 0
+    jobs: int = 2
+    limits: Limits = field(default_factory=partial(Limits, timeout=20.0))
+    database: ExampleDatabase | None = None
+    minimise: bool = True
+
+    def run(self) -> Iterator[Event]:
+        """Search; the events end with KernelJudged and RunFinished.
+
+        Raises:
+            TargetError: the target cannot be imported.
+        """
+        begun = time.monotonic()
+        torch.set_num_threads(1)
+        yield run_started(self.command, self.seed, self.jobs)
+        planned = self._planned()
+        yield kernel_started(self.subject, self.examples or len(planned))
+        reserve = min(_SHRINKING_SECONDS, _SHRINKING_SHARE * (self.seconds or 1e9))
+        until = None if self.seconds is None else begun + self.seconds - reserve
+        lanes = _Lanes(self, planned, until)
+        events: list[CaseJudged] = []
+        planned_done = tried = 0
+        failing: _Result | None = None
+        try:
+            for result in lanes.results():
+                self._raise_if_unusable(result)
+                if result.step.known is not None and result.judged.event.verdict != "FAIL":
+                    self._forget(result.step.known)
+                by_chance = result.step.phase in ("replay", "random", "climbing")
+                planned_done += not by_chance
+                tried += 1
+                # Chance may draw any number of cases that could not tell a wrong kernel: they count by their
+                # failures only.
+                if not by_chance or result.judged.event.verdict in ("FAIL", "UNVERIFIED"):
+                    events.append(result.judged.event)
+                yield result.judged.event
+                if result.judged.event.verdict == "FAIL":
+                    failing = result
+                    break
+            found_after = time.monotonic() - begun
+            lanes.stop()
+            if failing is not None:
+                yield self._counterexample(failing, tried, found_after, begun, lanes)
+        finally:
+            lanes.close()
+        verdict = self._verdict(events, planned_done, len(planned))
+        yield verdict
+        yield run_finished([verdict], time.monotonic() - begun)
+
+    def _planned(self) -> list[_Step]:
+        """Everything that is tried before chance takes over."""
+        contract = self.subject.contract
+        arguments = {
+            "dtypes": contract.dtypes,
+            "options": contract.options,
+            "supports": contract.supports,
+            "causal_alignment": contract.causal_alignment,
+            "seed": self.seed,
+        }
+        first = opening(contract.family, **arguments)
+        steps = [_Step("opening", case) for case in first]
+        dealt = _dealt(
+            [_Step("larger", case) for case in larger(contract.family, **arguments)],
+            _invariant_steps(self.subject, first),
+        )
+        cases = iter(plan(contract.family, budget=_PLANNED, **arguments))
+        while batch := list(itertools.islice(cases, _DEALT_EVERY)):
+            steps += [_Step("plan", case) for case in batch]
+            steps += list(itertools.islice(dealt, 1))
+        steps += list(dealt)
+        return self._replayed() + steps
+
+    def _replayed(self) -> list[_Step]:
+        if self.database is None:
+            return []
+        known = recall(self.database, self._target, self.subject.contract)
+        invariants = {invariant.name: invariant for invariant in _invariants(self.subject)}
+        return [
+            _Step("replay", k.case, invariants.get(k.invariant), k)
+            for k in known
+            if not k.invariant or k.invariant in invariants
+        ]
+
+    @property
+    def _target(self) -> str:
+        return self.subject.source.label
+
+    def _forget(self, known: Known) -> None:
+        assert self.database is not None
+        forget(self.database, self._target, self.subject.contract, known)
+
+    def _raise_if_unusable(self, result: _Result) -> None:
+        """A target that cannot be imported is a usage error, not a verdict."""
+        outcome = result.judged.outcome
+        if (
+            isinstance(outcome, Raised)
+            and outcome.phase == "import"
+            and isinstance(self.subject.source, Importable)
+        ):
+            raise TargetError(outcome.message if outcome.type.endswith("TargetError") else str(outcome))
+
+    def _counterexample(
+        self, failing: _Result, cases: int, found_after: float, begun: float, lanes: _Lanes
+    ) -> Counterexample:
+        """The failure made small, in words and as a script, and remembered."""
+        deadline = time.monotonic() + _SHRINKING_SECONDS
+        if self.seconds is not None:
+            deadline = max(time.monotonic() + 2.0, min(deadline, begun + self.seconds - 1.0))
+        invariant = failing.step.invariant
+        known = failing.step.known
+        evidence = Evidence(
+            failing.judged, invariant.name if invariant else "", known.history if known else ()
+        )
+        if not self.minimise:
+            return self._told(failing, evidence, (), cases, found_after, 0.0)
+        prober = failing.prober
+        prober.start_ahead()
+        lanes.join()
+        probe = partial(_probe_invariant, prober, invariant) if invariant else prober
+        middle = time.monotonic() + 0.7 * (deadline - time.monotonic())
+        small = shrink(
+            evidence,
+            probe,
+            deadline=middle,
+            supports=self.subject.contract.supports,
+            recent=failing.recent,
+        )
+        sentences = diagnose(small, probe, deadline=deadline, others=[failing.judged])
+        if self.database is not None:
+            kept = Known(small.case, small.judged.inputs, small.invariant, small.history)
+            remember(self.database, self._target, self.subject.contract, kept)
+        spent = time.monotonic() - begun - found_after
+        return self._told(failing, small, sentences, cases, found_after, spent)
+
+    def _told(
+        self,
+        failing: _Result,
+        small: Evidence,
+        sentences: tuple[str, ...],
+        cases: int,
+        seconds: float,
+        shrinking_seconds: float,
+    ) -> Counterexample:
+        return Counterexample(
+            kernel=self.subject.name,
+            found=case_record(failing.judged.case),
+            case=case_record(small.case),
+            verdict=small.judged.event,
+            sentences=sentences,
+            script=script(small, self.subject, sentences),
+            tensors=values_in_words(small),
+            phase=failing.step.phase,
+            invariant=small.invariant,
+            cases=cases,
+            seconds=seconds,
+            shrinking_seconds=shrinking_seconds,
+        )
+
+    def _verdict(self, events: Sequence[CaseJudged], done: int, planned: int) -> KernelJudged:
+        """The verdict on the kernel; a search that had no time for its plan has verified nothing."""
+        verdict = judge_kernel(self.subject, events)
+        too_few = self.examples is None and done < _FEWEST * planned
+        if verdict.verdict == "PASS" and too_few:
+            reason = f"time for {done} of {planned} planned cases; give --time more seconds"
+            return _changed(verdict, reason)
+        return verdict
+
+
+def _changed(verdict: KernelJudged, reason: str) -> KernelJudged:
+    fields = {name: getattr(verdict, name) for name in verdict.__struct_fields__}
+    return KernelJudged(**{**fields, "verdict": "UNVERIFIED", "as_expected": False, "reason": reason})
+
+
+def _dealt(*hands: Iterable[_Step]) -> Iterator[_Step]:
+    """One step of each hand in turn, until all are empty."""
+    for row in itertools.zip_longest(*hands):
+        yield from (step for step in row if step is not None)
+
+
+def _invariants(subject: Subject) -> tuple[Invariant, ...]:
+    return invariants_for(subject.contract.family, subject.contract)
+
+
+def _invariant_steps(subject: Subject, cases: Sequence[Case]) -> Iterator[_Step]:
+    """Every invariant at two cases, of different dtypes where there are several."""
+    for number, invariant in enumerate(_invariants(subject)):
+        suited = [case for case in cases if invariant.applicable(case, subject.contract)]
+        by_dtype = {case.dtype: case for case in reversed(suited[number % 5 :] + suited[: number % 5])}
+        for case in itertools.islice(reversed(by_dtype.values()), 2):
+            yield _Step("invariants", case, invariant)
+
+
+def _probe_invariant(
+    prober: Prober, invariant: Invariant, case: Case, inputs: Inputs | None = None, **_: object
+) -> JudgedCall:
+    """An invariant is probed at cases only: its own variants decide about tensors."""
+    judged = prober.invariant(invariant, case)
+    return judged if inputs is None else replace(judged, inputs=None)
+
+
+class _Lanes:
+    """The judge threads, and the queue of their results."""
+
+    def __init__(self, search: Search, planned: Sequence[_Step], until: float | None) -> None:
+        self._search = search
+        self._until = until
+        self._results: queue.SimpleQueue[_Result | BaseException | None] = queue.SimpleQueue()
+        self._planned = iter(planned)
+        self._random = _random_steps(search)
+        self._lock = threading.Lock()
+        self._left = search.examples
+        self._stopping = threading.Event()
+        self._probers = [Prober(search.subject, search.limits) for _ in range(search.jobs)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(number, prober), daemon=True)
+            for number, prober in enumerate(self._probers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def results(self) -> Iterator[_Result]:
+        """Results as they come, until every thread is done."""
+        running = len(self._threads)
+        while running:
+            result = self._results.get()
+            if result is None:
+                running -= 1
+            elif isinstance(result, BaseException):
+                raise result
+            elif not self._stopping.is_set():
+                yield result
+
+    def stop(self) -> None:
+        """No further step is begun."""
+        self._stopping.set()
+
+    def join(self) -> None:
+        """Wait for the calls that are under way."""
+        for thread in self._threads:
+            thread.join()
+
+    def close(self) -> None:
+        """End threads and workers."""
+        self.stop()
+        for prober in self._probers:
+            prober.close()
+        self.join()
+
+    def _serve(self, number: int, prober: Prober) -> None:
+        try:
+            while (step := self._next_planned()) is not None:
+                self._judge(prober, step)
+            if number == 0:
+                first_seed = 1000 * self._search.seed
+                climb(self._search.subject.contract, first_seed, partial(self._climbed, prober))
+            while True:
+                with self._lock:
+                    step = next(self._random)
+                self._judge(prober, step)
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._results.put(error)
+        self._results.put(None)
+
+    def _next_planned(self) -> _Step | None:
+        with self._lock:
+            return next(self._planned, None)
+
+    def _climbed(self, prober: Prober, case: Case) -> CaseJudged:
+        return self._judge(prober, _Step("climbing", case))
+
+    def _judge(self, prober: Prober, step: _Step) -> CaseJudged:
+        """Judge one step and hand on the result.
+
+        Raises:
+            Stopped: time or examples are used up.
+        """
+        with self._lock:
+            if self._left is not None:
+                self._left -= 1
+            used_up = self._left is not None and self._left < 0
+        late = self._until is not None and time.monotonic() > self._until
+        if used_up or late or self._stopping.is_set():
+            raise Stopped
+        recent = prober.recent
+        if step.invariant is not None:
+            judged = prober.invariant(step.invariant, step.case)
+        elif step.known is not None:
+            judged = prober(step.case, step.known.inputs, history=step.known.history)
+        else:
+            judged = prober(step.case)
+        self._results.put(_Result(step, judged, prober, recent))
+        return judged.event
+
+
+def _random_steps(search: Search) -> Iterator[_Step]:
+    """Cases of random structure without end."""
+    contract = search.subject.contract
+    cases = plan(
+        contract.family,
+        dtypes=contract.dtypes,
+        options=contract.options,
+        supports=contract.supports,
+        causal_alignment=contract.causal_alignment,
+        budget=0,
+        seed=search.seed + 7,
+        thorough=True,
+    )
+    return (_Step("random", case) for case in cases)
