@@ -46,6 +46,8 @@ DEFAULT_SECONDS = 55.0
 
 # Of the time, at most this many seconds, and at most this share, are kept for making a failure small.
 _SHRINKING_SECONDS, _SHRINKING_SHARE = 15.0, 0.3
+# Seconds that a step may go on after the search has ended.
+_GRACE_SECONDS = 2.0
 # Cases of the plan: all regimes in all dtypes and all pairs of options of a softmax kernel take about 150.
 _PLANNED = 150
 # After this many cases of the plan comes one of the larger sizes or an invariant.
@@ -311,10 +313,17 @@ class _Lanes:
             thread.start()
 
     def results(self) -> Iterator[_Result]:
-        """Results as they come, until every thread is done."""
+        """Results as they come, until every thread is done or the time is up.
+
+        A step that is still under way then is given up: its worker ends with :meth:`close`.
+        """
         running = len(self._threads)
         while running:
-            result = self._results.get()
+            left = None if self._until is None else max(0.0, self._until + _GRACE_SECONDS - time.monotonic())
+            try:
+                result = self._results.get(timeout=left)
+            except queue.Empty:
+                return
             if result is None:
                 running -= 1
             elif isinstance(result, BaseException):
@@ -327,9 +336,10 @@ class _Lanes:
         self._stopping.set()
 
     def join(self) -> None:
-        """Wait for the calls that are under way."""
+        """Wait for the steps that are under way, but not for one that takes long to certify."""
+        until = time.monotonic() + _GRACE_SECONDS
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
         """End threads and workers."""

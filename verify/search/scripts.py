@@ -56,8 +56,12 @@ def script(evidence: Evidence, subject: Subject, sentences: tuple[str, ...]) -> 
 
 def _by_judge(evidence: Evidence, subject: Subject, sentences: tuple[str, ...]) -> str:
     """A script that asks attnproof itself: an invariant relates several calls."""
-    body = trials.reproduction(subject, evidence.case)
-    return f"{_docstring(evidence, sentences)}\n{body}raise SystemExit(0 if result else 1)\n"
+    failures = evidence.judged.event.failures
+    if evidence.invariant and failures:
+        body, right = failures[0].script, 'event.verdict == "PASS"'
+    else:
+        body, right = trials.reproduction(subject, evidence.case), "result"
+    return f"{_docstring(evidence, sentences)}\n{body}raise SystemExit(0 if {right} else 1)\n"
 
 
 def values_in_words(evidence: Evidence) -> tuple[str, ...]:
