@@ -149,6 +149,7 @@ class CaseJudged(msgspec.Struct, frozen=True, tag="case-judged"):
         verdict: PASS, FAIL, UNVERIFIED or DECLINED (the kernel raised NotImplementedError).
         vacuous: properties that this case cannot tell a wrong kernel by, each with the reason.
         unjudged: elements that the contract leaves open, by reason.
+        invariant: name of the invariant that was put to the kernel at this case, "" for the case itself.
     """
 
     kernel: str
@@ -161,6 +162,7 @@ class CaseJudged(msgspec.Struct, frozen=True, tag="case-judged"):
     outputs: dict[str, OutputStatistics] = {}
     seconds: float = 0.0
     kernel_seconds: float = 0.0
+    invariant: str = ""
 
 
 class KernelJudged(msgspec.Struct, frozen=True, tag="kernel-judged"):

@@ -73,16 +73,27 @@ def worst_verdict(verdicts: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
+class InvariantAt:
+    """An invariant, by its name, to be put to a kernel at a case."""
+
+    invariant: str
+    case: Case
+
+
+Item = Case | InvariantAt
+
+
+@dataclass(frozen=True)
 class Campaign:
     """Kernels with the cases that each shall go through.
 
     Attributes:
-        plan: (subject, cases) in the order in which they are judged.
+        plan: (subject, cases, or invariants at cases) in the order in which they are judged.
         command, seed: for the record; findings: told before the kernels.
         jobs: judge processes; limits: of each worker; seconds: no new case is begun after this many, or None.
     """
 
-    plan: Sequence[tuple[Subject, Sequence[Case]]]
+    plan: Sequence[tuple[Subject, Sequence[Item]]]
     command: str
     seed: int = 0
     findings: Sequence[Finding] = ()
@@ -147,7 +158,7 @@ class _Job:
 
     def __init__(self, context: Any, limits: Limits, spares: int) -> None:
         self._context, self._limits, self._spares = context, limits, spares
-        self.pending: list[Case] = []
+        self.pending: list[Item] = []
         self._subject: Subject | None = None
         self._start()
 
@@ -159,7 +170,7 @@ class _Job:
         self._process.start()
         theirs.close()
 
-    def next_unit(self, units: list[tuple[Subject, list[Case]]]) -> None:
+    def next_unit(self, units: list[tuple[Subject, list[Item]]]) -> None:
         """Take the next unit, one of the same kernel if there is one."""
         if not units:
             return
@@ -177,7 +188,8 @@ class _Job:
             self.pending.pop(0)
         except (EOFError, OSError):
             assert self._subject is not None
-            case = self.pending.pop(0)
+            item = self.pending.pop(0)
+            case = item if isinstance(item, Case) else item.case
             failure = Failure("checker", f"the judge process died (exit code {self._process.exitcode})")
             event = CaseJudged(self._subject.name, case_record(case), "UNVERIFIED", "PASS", (failure,))
             self.close()
@@ -209,11 +221,20 @@ def _judge_process(connection: Connection, limits: Limits, spares: int) -> None:
     with WorkerPool(jobs=1, spares=spares, timeout=limits.timeout, memory_limit=limits.memory) as pool:
         try:
             while True:
-                subject, cases = connection.recv()
-                for case in cases:
-                    connection.send_bytes(msgspec.msgpack.encode(judge_case(subject, case, pool.call)))
+                subject, items = connection.recv()
+                for item in items:
+                    connection.send_bytes(msgspec.msgpack.encode(_judge(subject, item, pool)))
         except (EOFError, OSError, KeyboardInterrupt):
             return
+
+
+def _judge(subject: Subject, item: Item, pool: WorkerPool) -> CaseJudged:
+    if isinstance(item, Case):
+        return judge_case(subject, item, pool.call)
+    # Imported here because the judge of invariants ranks verdicts as campaigns do.
+    from attnproof.invariance import INVARIANTS, judge_invariant
+
+    return judge_invariant(subject, INVARIANTS[item.invariant], item.case, pool.call)
 
 
 def run_started(command: str, seed: int, jobs: int) -> RunStarted:
@@ -241,6 +262,8 @@ def judge_kernel(subject: Subject, cases: Sequence[CaseJudged]) -> KernelJudged:
     An example is as expected when it FAILs in every case in which theory says so, in at least one, and in no
     other.
     """
+    # An invariant that does not apply to what a kernel takes is none that it declines.
+    cases = [case for case in cases if not (case.invariant and case.verdict == "DECLINED")]
     counts = {
         verdict: sum(c.verdict == verdict for c in cases) for verdict in ("FAIL", "UNVERIFIED", "DECLINED")
     }

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from attnproof.campaign import worst_verdict
 from attnproof.properties.case import Case, make_inputs
+from attnproof.properties.contract import Contract
 from attnproof.properties.invariants import INVARIANTS, Call, Invariant, Plan, check_names, invariants_for
 from attnproof.relations import broken, results_of
 from attnproof.reports.record import CaseJudged, Failure
 from attnproof.targets import Importable
 from attnproof.trials import Caller, JudgedCall, Subject, case_record, judge_call, reproduction
 
-__all__ = ["INVARIANTS", "check_names", "invariants_for", "judge_invariant"]
+__all__ = ["INVARIANTS", "check_names", "invariants_for", "judge_invariant", "places"]
 
 # Rules against calibrated thresholds, which hold for the kind of values that they were fitted on.
 _STATISTICAL = ("probable-row", "probable-output", "bias")
@@ -70,7 +72,23 @@ def judge_invariant(
         outputs=dict(events[0].outputs) if events else {},
         seconds=time.perf_counter() - begun,
         kernel_seconds=sum(event.kernel_seconds for event in events),
+        invariant=invariant.name,
     )
+
+
+def places(contract: Contract, cases: Sequence[Case], each: int) -> Iterator[tuple[Invariant, Case]]:
+    """Every invariant that a kernel under ``contract`` promises, at ``each`` of the cases that it applies to.
+
+    The cases chosen are of different dtypes where there are several, and not the same ones for all.
+    """
+    for number, invariant in enumerate(invariants_for(contract.family, contract)):
+        suited = [case for case in cases if invariant.applicable(case, contract)]
+        start = number % max(len(suited), 1)
+        by_dtype: dict[str, Case] = {}
+        for case in (*suited[start:], *suited[:start]):
+            by_dtype.setdefault(case.dtype, case)
+        for case in itertools.islice(by_dtype.values(), each):
+            yield invariant, case
 
 
 def _called(subject: Subject, planned: Call, call: Caller, base: JudgedCall | None) -> JudgedCall:

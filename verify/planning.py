@@ -9,13 +9,16 @@ from importlib import resources
 
 import msgspec
 
+from attnproof.campaign import InvariantAt, Item
 from attnproof.interface import make_subject
+from attnproof.invariance import places
 from attnproof.outcomes import CallRequest, Raised, Returned
 from attnproof.properties.case import Case
 from attnproof.properties.claims import worked_example
 from attnproof.properties.contract import ContractError
 from attnproof.properties.families import FAMILIES, family_of
 from attnproof.properties.regimes import plan
+from attnproof.properties.regimes.opening import opening
 from attnproof.reports.record import Finding, Series
 from attnproof.suite import subjects
 from attnproof.targets import TargetError
@@ -30,6 +33,8 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {"softmax": 160, "logsumexp": 80, "softmax
 _STORED = ("calibration", "detection")
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
+# Cases at which each invariant is put to a kernel.
+_PLACES = 1
 
 
 def target_subjects(
@@ -114,8 +119,8 @@ def default_plan(
     thorough: bool = False,
     examples: int | None = None,
     dtypes: tuple[str, ...] | None = None,
-) -> list[tuple[Subject, list[Case]]]:
-    """Cases for each kernel; fewer for examples, of which only their failures are of interest."""
+) -> list[tuple[Subject, list[Item]]]:
+    """Cases for each kernel, and its invariants; fewer for examples: only their failures are of interest."""
     planned = []
     for subject in chosen:
         contract = subject.contract
@@ -132,7 +137,18 @@ def default_plan(
             seed=seed,
             thorough=thorough,
         )
-        planned.append((subject, list(itertools.islice(cases, budget))))
+        items: list[Item] = list(itertools.islice(cases, budget))
+        if not subject.example:
+            small = opening(
+                contract.family,
+                dtypes=dtypes or contract.dtypes,
+                options=contract.options,
+                supports=contract.supports,
+                causal_alignment=contract.causal_alignment,
+                seed=seed,
+            )
+            items += [InvariantAt(i.name, case) for i, case in places(contract, small, _PLACES)]
+        planned.append((subject, items))
     return planned
 
 

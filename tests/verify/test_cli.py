@@ -13,12 +13,14 @@ from xml.etree import ElementTree
 import pytest
 
 from attnproof.cli import main
-from attnproof.reports.record import CaseJudged, RunFinished, RunStarted, read_record
+from attnproof.properties.invariants import INVARIANTS
+from attnproof.reports.record import CaseJudged, Counterexample, RunFinished, RunStarted, read_record
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-c", "from attnproof.cli import main; main()"]
 KERNEL = ["--family", "softmax", "--device", "cpu", "--declare", "unseen_nonfinite=may-leak", "--no-progress"]
 KERNEL += ["--jobs", "1"]
+CASES_ONLY = ["--declare", "without=" + ",".join(INVARIANTS)]
 
 
 def environment() -> dict[str, str]:
@@ -53,7 +55,9 @@ def test_a_correct_kernel_passes_and_leaves_every_file(tmp_path: Path) -> None:
     events = list(read_record(tmp_path / "out/run.jsonl"))
     assert isinstance(events[0], RunStarted)
     assert events[-1] == RunFinished("PASS", 0, events[-1].seconds)  # type: ignore[union-attr]
-    assert sum(isinstance(event, CaseJudged) for event in events) == 30
+    judged = [event for event in events if isinstance(event, CaseJudged)]
+    assert sum(not event.invariant for event in judged) == 30
+    assert {event.invariant for event in judged} >= {"key-permutation", "ones", "determinism"}
     assert (tmp_path / "out/page.html").stat().st_size > 100_000
     assert (tmp_path / "out/s.sarif").is_file()
     assert ElementTree.parse(tmp_path / "out/j.xml").getroot().tag in ("testsuites", "testsuite")
@@ -63,7 +67,9 @@ def test_a_correct_kernel_passes_and_leaves_every_file(tmp_path: Path) -> None:
 
 
 def test_the_mean_of_v_fails(tmp_path: Path) -> None:
-    done = run("verify", "user_kernels:mean_of_values", *KERNEL, "--examples", "12", cwd=tmp_path)
+    done = run(
+        "verify", "user_kernels:mean_of_values", *KERNEL, *CASES_ONLY, "--examples", "12", cwd=tmp_path
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert (tmp_path / "reports/out/index.html").is_file()
 
@@ -75,7 +81,7 @@ def test_the_mean_of_v_fails(tmp_path: Path) -> None:
 def test_a_kernel_that_dies_gets_a_verdict_and_the_run_goes_on(
     target: str, rule: str, more: tuple[str, ...], tmp_path: Path
 ) -> None:
-    arguments = ("--examples", "14", "--dtypes", "float32", "--json", "r.jsonl", *more)
+    arguments = ("--examples", "14", "--dtypes", "float32", "--json", "r.jsonl", *CASES_ONLY, *more)
     done = run("verify", f"user_kernels:{target}", *KERNEL, *arguments, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     cases = [event for event in read_record(tmp_path / "r.jsonl") if isinstance(event, CaseJudged)]
@@ -128,7 +134,16 @@ def test_a_missing_record_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_keeps_its_record_readable(tmp_path: Path) -> None:
-    arguments = ["verify", "user_kernels:slow", *KERNEL, "--examples", "100", "--json", "r.jsonl"]
+    arguments = [
+        "verify",
+        "user_kernels:slow",
+        *KERNEL,
+        *CASES_ONLY,
+        "--examples",
+        "100",
+        "--json",
+        "r.jsonl",
+    ]
     process = subprocess.Popen(
         [*COMMAND, *arguments], cwd=tmp_path, env=environment(), start_new_session=True
     )
@@ -144,3 +159,68 @@ def test_an_interrupted_run_keeps_its_record_readable(tmp_path: Path) -> None:
     assert sum(isinstance(event, CaseJudged) for event in events) >= 3
     assert not isinstance(events[-1], RunFinished)
     assert run("report", "r.jsonl", "--html", "page.html", cwd=tmp_path).returncode == 0
+
+
+FUZZ = ["--family", "softmax", "--device", "cpu", "--time", "40"]
+
+
+def test_fuzz_finds_words_and_a_script_for_a_wrong_kernel(tmp_path: Path) -> None:
+    declared = ["--declare", "unseen_nonfinite=may-leak", "nonempty=true", "--precision", "matmul_input=ieee"]
+    files = ["--json", "r.jsonl", "--html", "page.html", "--script", "shows.py"]
+    done = run("fuzz", "user_kernels:mean_of_values", *FUZZ, *declared, *files, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.startswith("FAIL  softmax:")
+    assert "mean" in done.stdout
+    events = list(read_record(tmp_path / "r.jsonl"))
+    (found,) = (event for event in events if isinstance(event, Counterexample))
+    assert "Smallest failing inputs" in (tmp_path / "page.html").read_text()
+    assert found.case.id in (tmp_path / "page.html").read_text()
+    shown = subprocess.run(
+        [sys.executable, "shows.py"], cwd=tmp_path, env=environment(), capture_output=True, check=False
+    )
+    assert shown.returncode == 1, shown.stderr
+    assert list((tmp_path / ".hypothesis/examples").rglob("*")), "the failure is remembered"
+    again = run("fuzz", "user_kernels:mean_of_values", *FUZZ, *declared, cwd=tmp_path)
+    assert "phase replay" in again.stdout
+
+
+def test_fuzz_passes_a_right_kernel_in_layout_bnhd(tmp_path: Path) -> None:
+    (tmp_path / "swapped.py").write_text(
+        "from user_kernels import attention as right\n\n"
+        "def __getattr__(name):\n"
+        "    if name != 'attention':\n"
+        "        raise AttributeError(name)\n"
+        "    return lambda q, k, v, *, scale: right(\n"
+        "        *(x.transpose(1, 2) for x in (q, k, v)), scale=scale\n"
+        "    ).transpose(1, 2)\n"
+    )
+    arguments = ("--layout", "bnhd", "--declare", "unseen_nonfinite=may-leak", "--examples", "90")
+    done = run("fuzz", "swapped:attention", *FUZZ[:4], *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("PASS in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("user_kernels:attention", *FUZZ, "--gradients"), ("--gradients", "softmax")),
+        (("user_kernels:attention", *FUZZ, "--declare", "without=oneses"), ("oneses", "ones")),
+        (("user_kernels:attention", *FUZZ, "--layout", "bhdn"), ("bhdn", "bhnd, bnhd")),
+        (("user_kernels:atention", *FUZZ), ("atention", "attention")),
+    ],
+)
+def test_fuzz_refuses_arguments_in_one_line(
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setattr(sys, "argv", ["attnproof", "fuzz", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(word in line for word in words), line
