@@ -95,7 +95,7 @@ def _factor(judged: JudgedCall) -> str:
             continue
         factor = float((got * exact).sum() / exact.square().sum())
         if bool(((got - factor * exact).abs() <= max(1.0, abs(factor)) * certain).all()):
-            known = next((f" ({n})" for n, f in _FACTORS.items() if abs(f / factor - 1) < 1e-3), "")
+            known = next((f" ({n})" for n, f in _FACTORS.items() if abs(factor / f - 1) < 1e-3), "")
             return f"{name} is {factor:.4g}{known} times the exact result"
     return ""
 

@@ -32,7 +32,7 @@ from attnproof.properties.regimes.opening import larger, opening
 from attnproof.reports.record import CaseJudged, Counterexample, Event, KernelJudged
 from attnproof.search.climbing import Stopped, climb
 from attnproof.search.diagnosis import diagnose
-from attnproof.search.evidence import Evidence
+from attnproof.search.evidence import Evidence, Probe
 from attnproof.search.known import Known, forget, recall, remember
 from attnproof.search.prober import Prober
 from attnproof.search.scripts import script, values_in_words
@@ -217,20 +217,28 @@ class Search:
         prober.start_ahead()
         lanes.join()
         probe = partial(_probe_invariant, prober, invariant) if invariant else prober
-        middle = time.monotonic() + 0.7 * (deadline - time.monotonic())
-        small = shrink(
-            evidence,
-            probe,
-            deadline=middle,
-            supports=self.subject.contract.supports,
-            recent=failing.recent,
-        )
-        sentences = diagnose(small, probe, deadline=deadline, others=[failing.judged])
+        small, sentences = self._understood(failing, evidence, probe, deadline)
         if self.database is not None:
             kept = Known(small.case, small.judged.inputs, small.invariant, small.history)
             remember(self.database, self._target, self.subject.contract, kept)
         spent = time.monotonic() - begun - found_after
         return self._told(failing, small, sentences, cases, found_after, spent)
+
+    def _understood(
+        self, failing: _Result, evidence: Evidence, probe: Probe, deadline: float
+    ) -> tuple[Evidence, tuple[str, ...]]:
+        """The smallest failure and what is wrong with it.
+
+        The verdict stands whatever happens here: where shrinking or diagnosis fails, the rest is told.
+        """
+        small = evidence
+        middle = time.monotonic() + 0.7 * (deadline - time.monotonic())
+        try:
+            supports = self.subject.contract.supports
+            small = shrink(evidence, probe, deadline=middle, supports=supports, recent=failing.recent)
+            return small, diagnose(small, probe, deadline=deadline, others=[failing.judged])
+        except Exception as error:
+            return small, (f"No diagnosis: the search itself failed ({type(error).__name__}: {error}).",)
 
     def _told(
         self,

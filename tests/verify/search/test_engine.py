@@ -165,3 +165,18 @@ def test_the_same_seed_plans_the_same_cases(folder: Path) -> None:
             [event.case.id for event in itertools.islice(events, 30) if isinstance(event, CaseJudged)]
         )
     assert runs[0] == runs[1]
+
+
+def test_a_failure_of_the_diagnosis_itself_loses_no_verdict(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> tuple[str, ...]:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr("attnproof.search.engine.diagnose", broken)
+    target = module(folder, "undiagnosed", RIGHT.replace(*BUGS["causal"][0]))
+    verdict, finished, found = ended(list(search(target, minimise=True).run()))
+    assert (verdict.verdict, finished.exit_code) == ("FAIL", 1)
+    assert found is not None
+    assert "ZeroDivisionError" in found.sentences[0]
+    assert found.script
