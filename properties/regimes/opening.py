@@ -62,6 +62,8 @@ _ATTENTION_ONCE: tuple[_Kind, ...] = (
     (_attention_sizes(2, 2, 2, 17, 40, 72, 40), "normal", "broadcast", {"bias": "b11n"}),
     (_attention_sizes(1, 2, 1, 40, 40, 64, 64), "one-sign-values", "unaligned", {"sinks": True}),
     (_attention_sizes(1, 2, 2, 1, 300, 128, 128), "normal", "contiguous", {}),
+    (_attention_sizes(1, 2, 1, 1, 70, 32, 32), "normal", "contiguous", {"causal": True}),
+    (_attention_sizes(1, 3, 1, 5, 90, 16, 48), "normal", "contiguous", {"window": (20, 0)}),
     (_attention_sizes(1, 2, 1, 64, 192, 64, 64), "ascending", "contiguous", {}),
     (_attention_sizes(1, 2, 1, 64, 192, 64, 64), "one-hot", "contiguous", {"causal": True}),
 )  # fmt: skip

@@ -81,7 +81,7 @@ def values_in_words(evidence: Evidence) -> tuple[str, ...]:
         count = f"{len(places)} of {tensor.numel()} entries {verb} not 0"
         lines.append(f"{name}: {count}: {', '.join(told)}{more}")
     if "scale" in inputs.options:
-        lines.append(f"scale = {inputs.options['scale']!r}")
+        lines.append(f"scale: {inputs.options['scale']!r}")
     return tuple(lines)
 
 

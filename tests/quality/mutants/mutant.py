@@ -55,6 +55,8 @@ class Mutant:
         module: dotted module whose text is edited, where it is not the base's.
         source: a whole module in place of edits, with the entry point under the base's attribute name.
         accuracy_only: whether it does nothing but lose 2 to 8 times in accuracy.
+        unseen: why a judge of outputs can hardly tell it from what the base declares. Such a mutant counts
+            like any other, and is listed with this reason where it lives.
 
     Raises:
         MutantError: where a field is none of that.
@@ -71,6 +73,7 @@ class Mutant:
     module: str = ""
     source: str = ""
     accuracy_only: bool = False
+    unseen: str = ""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name.startswith("_"):

@@ -208,5 +208,5 @@ def test_values_are_told_in_words(folder: Path) -> None:
         "q: all 1 entries are 0",
         "k: all 1 entries are 0",
         "v: 1 of 1 entries is not 0: v[0, 0, 0, 0] = 1.0",
-        "scale = 1.0",
+        "scale: 1.0",
     )
