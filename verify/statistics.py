@@ -137,7 +137,7 @@ class Thresholds(msgspec.Struct, frozen=True):
         """
         rows = deviation.row_rms.isfinite()
         means = (deviation.probable.sum(-1) / deviation.compared.sum(-1).clamp(min=1))[rows]
-        count = means.unique().numel()
+        count = len(set(means.tolist()))
         if count < 8:
             return False
         mean, spread = float(means.mean()), float(means.std())

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from hypothesis.database import ExampleDatabase
@@ -149,7 +150,7 @@ class Search:
     def _planned(self) -> list[_Step]:
         """Everything that is tried before chance takes over."""
         contract = self.subject.contract
-        arguments = {
+        arguments: dict[str, Any] = {
             "dtypes": contract.dtypes,
             "options": contract.options,
             "supports": contract.supports,
