@@ -114,6 +114,27 @@ class Supports:
     last_stride_one: bool = False
     nonempty: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = {
+            "head_dims": self.head_dims or (),
+            "max_head_dim": () if self.max_head_dim is None else (self.max_head_dim,),
+            "multiple_of": (self.multiple_of,),
+        }
+        for name, values in sizes.items():
+            for value in values:
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ContractError(f"{name}={value!r}: expected a positive integer")
+
+    def refuses(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a call with these sizes, by symbol, is outside what the kernel takes."""
+        widths = [sizes[symbol] for symbol in ("D", "E") if symbol in sizes]
+        return (
+            any(self.head_dims is not None and width not in self.head_dims for width in widths)
+            or any(self.max_head_dim is not None and width > self.max_head_dim for width in widths)
+            or sizes.get("N", 0) % self.multiple_of != 0
+            or (self.nonempty and not all(sizes.values()))
+        )
+
 
 _SUPPORTS = tuple(f.name for f in dataclasses.fields(Supports))
 
@@ -147,7 +168,7 @@ class Contract:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
             _check_choice(f.name, getattr(self, f.name), hints[f.name])
-        unknown = [d for d in self.dtypes if d not in DTYPES]
+        unknown = [d for d in self.dtypes if d not in DTYPES] if self.dtypes else [""]
         if unknown:
             raise ContractError(f"dtypes={unknown[0]!r}: expected names among {', '.join(DTYPES)}")
 

@@ -115,7 +115,7 @@ def _attention_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, m
     batch, rows = draw(st.integers(least, 2)), length
     if "cu_seqlens" in values:
         # Cuts of the packed length; two at one place make a sequence of length zero.
-        cuts = [0, *sorted(draw(st.lists(st.integers(0, length), max_size=3))), length]
+        cuts = [0, *sorted(draw(st.lists(st.integers(0, length), max_size=12))), length]
         values["cu_seqlens"] = tuple(b - a for a, b in itertools.pairwise(cuts))
         batch = 1
     elif draw(st.booleans()):
@@ -124,7 +124,7 @@ def _attention_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, m
     if "window" in values:
         values["window"] = draw(st.tuples(side, side))
     if "softcap" in values:
-        values["softcap"] = draw(st.sampled_from((2.0, 30.0)))
+        values["softcap"] = draw(st.sampled_from((2.0, 30.0, 0.7, 50.0)))
     if "bias" in values:
         values["bias"] = draw(st.sampled_from(_PATTERNS))
     return {"B": batch, "H": group * heads, "G": heads, "M": rows, "N": length, "D": width, "E": value}

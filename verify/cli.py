@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from attnproof.reports.record import CaseJudged, Event, KernelJudged, KernelStar
 
 __all__ = ["app", "main"]
 
-USAGE = 2
+USAGE, UNVERIFIED = 2, 3
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -50,6 +51,11 @@ def main() -> None:
     except (UsageError, ContractError, CaseError, TargetError, RecordError) as error:
         print(f"attnproof: {error}", file=sys.stderr)
         sys.exit(USAGE)
+    except Exception:
+        # Exit code 1 says that a kernel is wrong, which nobody knows here.
+        traceback.print_exc()
+        print("attnproof: the checker itself failed; no verdict", file=sys.stderr)
+        sys.exit(UNVERIFIED)
     except KeyboardInterrupt:
         print("attnproof: interrupted; the record holds every case judged so far", file=sys.stderr)
         sys.exit(130)
@@ -147,7 +153,7 @@ def fuzz(
     ] = None,
     examples: Annotated[int | None, typer.Option(help="Cases to judge, in place of a time.", min=1)] = None,
     time_limit: Annotated[
-        float | None, typer.Option("--time", help="Seconds of the whole search; 55 by default.", min=1.0)
+        float | None, typer.Option("--time", help="Seconds of the whole search; 50 by default.", min=1.0)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all inputs and choices.", min=0)] = 0,
     jobs: Annotated[int, typer.Option(help="Judge threads, each with a worker process.", min=1)] = 2,

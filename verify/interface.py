@@ -20,6 +20,7 @@ from attnproof.reports.record import CaseJudged, Counterexample, Failure, Kernel
 from attnproof.suite import default_device
 from attnproof.targets import Importable, describe, resolve
 from attnproof.trials import Subject, judge_case
+from attnproof.worker_replies import check_device
 from attnproof.workers import WorkerPool
 
 __all__ = ["CheckResult", "FuzzResult", "VerifyResult", "check", "fuzz", "make_subject", "verify"]
@@ -225,7 +226,7 @@ def fuzz(
         fn: the kernel: a callable, or "package.module:attribute".
         family: a family of the contract.
         dtypes, options, contract, device, declare: as for :func:`verify`.
-        examples: cases to judge; seconds: of the whole search, 55 unless ``examples`` is given.
+        examples: cases to judge; seconds: of the whole search, 50 unless ``examples`` is given.
         seed: of inputs and choices; jobs: judge threads; timeout: seconds a call.
         database: a Hypothesis database in which failures are kept and from which they are replayed first,
             such as ``hypothesis.database.DirectoryBasedExampleDatabase(".hypothesis/examples")``.
@@ -287,9 +288,15 @@ def make_subject(
     if declare:
         contract = contract.declare(declare)
     check_names(contract.without)
+    _names("options", contract.options, definition.options)
+    device = device or default_device()
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise ContractError(str(error)) from None
     source = describe(fn)
     name = source.target if isinstance(source, Importable) else source.label
-    return Subject(name, source, contract, device or default_device())
+    return Subject(name, source, contract, device)
 
 
 def _contract_of_target(target: str) -> Contract | None:

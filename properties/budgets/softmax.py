@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_budgets"]
 
+_LARGEST_SQUARE = 1e300
 # Slack for the float64 evaluation of the budget itself; its own relative error is below 1e-9 for N ≤ 65,536.
 _SLACK = 1.0 + 1e-6
 # Errors of one sign that a declaration allows without asking for them count this many times their mean: a
@@ -84,7 +85,8 @@ def _logits(problem: SoftmaxProblem) -> _Logits:
         k=k,
         product=product,
         absolute=q.abs() @ kt.abs(),
-        square=q.square() @ kt.square(),
+        # float64 inputs may be so large and so small that 0·∞ would come out.
+        square=q.square() @ kt.square().clamp(max=_LARGEST_SQUARE),
         scaled=scaled,
         capped=capped,
         biased=capped + bias,
@@ -139,7 +141,8 @@ def _certain_logit_errors(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> 
     # An input that is stored narrower is rounded before the scale.
     tiny = r.operand_tiny * max(1.0, scale if r.input else math.sqrt(scale))
     sizes = t.q.abs().sum(-1, keepdim=True) + t.k.abs().sum(-1).unsqueeze(-2)
-    error = torch.where(t.absolute == 0, 0.0, scale * dot * t.absolute) + tiny * sizes
+    error = torch.where(t.absolute == 0, 0.0, scale * dot * t.absolute)
+    error = error + (tiny * sizes if tiny else 0.0)
     error = error + r.accumulate_tiny * (d + 2.0) * (1.0 + scale)
     # The scale, log2 e and their product are rounded constants; scaling is one more rounding.
     error = error + 4.0 * r.elementwise * t.scaled.abs() + 2.0 * r.scores * t.scaled.abs()
@@ -314,6 +317,10 @@ def _probable_output(
         -1, keepdim=True
     )
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
+    # E e^δ − 1 = σ²/2: errors of either sign raise their weights, in all rows alike.
+    raised = p * variance_e
+    lift = (raised @ v - raised.sum(-1, keepdim=True) * o) / 2.0
+    variance = variance + (_LEAN * lift).square()
     # Truncated q and k shrink all logits, truncated P and V the numerator.
     variance = variance + (2.0 * _LEAN * r.operand_lean) ** 2 * (stretch.square() + o.square())
     if max(r.operand, r.input) > 2.0**-20:
@@ -410,6 +417,7 @@ def _lse_budget(
     stretch = (row.p * torch.where(row.p > 0, row.x, 0.0)).sum(-1)
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
     variance = variance + (2.0 * _LEAN * r.operand_lean * stretch).square()
+    variance = variance + (_LEAN * (row.p * variance_e).sum(-1) / 2.0).square()
     variance = variance + (r.elementwise * (1.0 + logarithm)).square() * 4.0 / 3.0
     variance = variance + 2.0 * r.elementwise**2 * (m**2 + size**2) * MEAN_SQUARE
     variance = variance + half_spacing(lse, r.output, r.output_tiny).square() / 3.0

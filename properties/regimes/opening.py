@@ -34,6 +34,7 @@ def _attention_sizes(b: int, h: int, g: int, m: int, n: int, d: int, e: int) -> 
 
 _PLAIN = _attention_sizes(2, 4, 2, 65, 129, 64, 64)
 _LONG = _attention_sizes(1, 1, 1, 4, 2053, 64, 64)
+_MANY = (9, 1, 0, 17, 3, 0, 5, 16, 2, 11, 0, 8, 18)
 _SMALL = _attention_sizes(1, 2, 1, 33, 70, 32, 32)
 _PACKED = _attention_sizes(1, 2, 1, 80, 80, 32, 32)
 
@@ -44,6 +45,14 @@ _ATTENTION_EVERY: tuple[_Kind, ...] = (
     (_LONG, "normal", "contiguous", {}),
     (_attention_sizes(1, 1, 1, 2, 3, 16, 16), "identical-huge", "contiguous", {}),
 )
+_ALL_OPTIONS: dict[str, Any] = {
+    "causal": True,
+    "window": (40, 3),
+    "softcap": 2.5,
+    "bias": "bhmn",
+    "sinks": True,
+}
+
 # In one dtype each, in turn.
 _ATTENTION_ONCE: tuple[_Kind, ...] = (
     (_PLAIN, "normal", "contiguous", {}),
@@ -66,6 +75,14 @@ _ATTENTION_ONCE: tuple[_Kind, ...] = (
     (_attention_sizes(1, 3, 1, 5, 90, 16, 48), "normal", "contiguous", {"window": (20, 0)}),
     (_attention_sizes(1, 2, 1, 64, 192, 64, 64), "ascending", "contiguous", {}),
     (_attention_sizes(1, 2, 1, 64, 192, 64, 64), "one-hot", "contiguous", {"causal": True}),
+    # All options together, and all but one.
+    (_SMALL, "normal", "contiguous", _ALL_OPTIONS),
+    *(
+        (_SMALL, "normal", "contiguous", {n: value for n, value in _ALL_OPTIONS.items() if n != left})
+        for left in _ALL_OPTIONS
+    ),
+    (_attention_sizes(1, 2, 1, 90, 90, 32, 32), "normal", "contiguous", {"cu_seqlens": _MANY}),
+    (_attention_sizes(1, 2, 1, 300, 60, 32, 32), "normal", "contiguous", {"window": (20, 4)}),
 )  # fmt: skip
 _ATTENTION_LARGER: tuple[_Kind, ...] = (
     (_attention_sizes(1, 1, 1, 3, 4099, 32, 32), "normal", "contiguous", {}),
@@ -76,6 +93,14 @@ _ATTENTION_LARGER: tuple[_Kind, ...] = (
     (_attention_sizes(1, 1, 1, 520, 520, 64, 64), "normal", "contiguous", {"window": (100, 0)}),
     (_attention_sizes(1, 1, 1, 2, 8200, 16, 16), "normal", "contiguous", {}),
     (_attention_sizes(33, 3, 3, 2, 5, 8, 8), "normal", "contiguous", {}),
+    (_attention_sizes(1, 40, 2, 3, 40, 16, 16), "normal", "contiguous", {}),
+    (_attention_sizes(1, 2, 1, 1, 4099, 64, 64), "normal", "contiguous", {"causal": True}),
+    (_attention_sizes(1, 2, 1, 9, 70, 192, 128), "normal", "contiguous", {}),
+    (_attention_sizes(1, 1, 1, 2, 2048, 32, 32), "normal", "contiguous", {}),
+    (_attention_sizes(1, 1, 1, 2, 3500, 32, 32), "normal", "contiguous", {}),
+    (_attention_sizes(1, 2, 2, 9, 70, 96, 96), "normal", "contiguous", {"causal": True}),
+    (_attention_sizes(1, 1, 1, 3, 4096, 16, 16), "normal", "contiguous", {}),
+    (_attention_sizes(1, 1, 1, 2, 1536, 64, 64), "large-logits", "contiguous", {}),
 )
 
 

@@ -266,7 +266,7 @@ class _Planner:
         patterns = ("bhmn", "b11n", "11mn", "1hmn", "b1mn", "1h1n", "bh1n", "11m1")
         values: dict[str, Callable[[], Any]] = {
             "window": lambda: self._turn("window", windows),
-            "softcap": lambda: self._turn("softcap", (2.0, 30.0)),
+            "softcap": lambda: self._turn("softcap", (2.0, 30.0, 0.7, 50.0)),
             "bias": lambda: self._turn("bias", patterns),
             "cu_seqlens": lambda: self._turn("cu_seqlens", packings),
         }

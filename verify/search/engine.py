@@ -11,6 +11,7 @@ Judge threads share this process: while one waits for its worker process, anothe
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
@@ -43,13 +44,19 @@ from attnproof.trials import JudgedCall, Subject, case_record
 
 __all__ = ["DEFAULT_SECONDS", "Search"]
 
-DEFAULT_SECONDS = 55.0
-"""A default search, with shrinking and words, ends within a minute on two cores."""
+DEFAULT_SECONDS = 50.0
+"""A default search ends within a minute on two cores: start and a late failure's shrinking come on top."""
 
 # Of the time, at most this many seconds, and at most this share, are kept for making a failure small.
-_SHRINKING_SECONDS, _SHRINKING_SHARE = 15.0, 0.3
+_RESERVED_SECONDS, _RESERVED_SHARE = 6.0, 0.3
+# A failure is made small in at least this long, or this share of the time, and in at most that.
+_SHRINKING_SECONDS, _LONGEST_SHRINKING = 10.0, 15.0
+_SHRINKING_SHARE = 0.2
+# One call may take at most this share of the search.
+_CALL_SHARE = 0.3
 # Seconds that a step may go on after the search has ended.
 _GRACE_SECONDS = 2.0
+_LONGEST_STEP = 60.0
 # Cases of the plan: all regimes in all dtypes and all pairs of options of a softmax kernel take about 150.
 _PLANNED = 150
 # After this many cases of the plan comes one of the larger sizes or an invariant.
@@ -111,7 +118,7 @@ class Search:
         yield run_started(self.command, self.seed, self.jobs)
         planned = self._planned()
         yield kernel_started(self.subject, self.examples or len(planned))
-        reserve = min(_SHRINKING_SECONDS, _SHRINKING_SHARE * (self.seconds or 1e9))
+        reserve = min(_RESERVED_SECONDS, _RESERVED_SHARE * (self.seconds or 1e9))
         until = None if self.seconds is None else begun + self.seconds - reserve
         lanes = _Lanes(self, planned, until)
         events: list[CaseJudged] = []
@@ -146,6 +153,13 @@ class Search:
         verdict = self._verdict(events, planned_done, len(planned))
         yield verdict
         yield run_finished([verdict], time.monotonic() - begun)
+
+    @property
+    def call_limits(self) -> Limits:
+        """The limits of a worker: one call must leave time for others."""
+        if self.seconds is None:
+            return self.limits
+        return replace(self.limits, timeout=min(self.limits.timeout, _CALL_SHARE * self.seconds))
 
     def _planned(self) -> list[_Step]:
         """Everything that is tried before chance takes over."""
@@ -204,9 +218,10 @@ class Search:
         self, failing: _Result, cases: int, found_after: float, begun: float, lanes: _Lanes
     ) -> Counterexample:
         """The failure made small, in words and as a script, and remembered."""
-        deadline = time.monotonic() + _SHRINKING_SECONDS
+        deadline = time.monotonic() + _LONGEST_SHRINKING
         if self.seconds is not None:
-            deadline = max(time.monotonic() + 2.0, min(deadline, begun + self.seconds - 1.0))
+            least = time.monotonic() + min(_SHRINKING_SECONDS, _SHRINKING_SHARE * self.seconds)
+            deadline = min(deadline, max(least, begun + self.seconds))
         invariant = failing.step.invariant
         known = failing.step.known
         evidence = Evidence(
@@ -233,6 +248,9 @@ class Search:
         The verdict stands whatever happens here: where shrinking or diagnosis fails, the rest is told.
         """
         small = evidence
+        if evidence.kind == "crash" and "timeout" in evidence.rules:
+            # Every further call would take as long.
+            return small, (f"The kernel does not return within {self.call_limits.timeout:g} seconds.",)
         middle = time.monotonic() + 0.7 * (deadline - time.monotonic())
         try:
             supports = self.subject.contract.supports
@@ -306,13 +324,15 @@ class _Lanes:
         self._lock = threading.Lock()
         self._left = search.examples
         self._stopping = threading.Event()
-        self._probers = [Prober(search.subject, search.limits) for _ in range(search.jobs)]
+        self._probers = [Prober(search.subject, search.call_limits) for _ in range(search.jobs)]
         self._threads = [
             threading.Thread(target=self._serve, args=(number, prober), daemon=True)
             for number, prober in enumerate(self._probers)
         ]
         for thread in self._threads:
             thread.start()
+        # A thread that is still in native code when the interpreter ends would abort the process.
+        atexit.register(_wait_for, self._threads)
 
     def results(self) -> Iterator[_Result]:
         """Results as they come, until every thread is done or the time is up.
@@ -396,6 +416,11 @@ class _Lanes:
             judged = prober(step.case)
         self._results.put(_Result(step, judged, prober, recent))
         return judged.event
+
+
+def _wait_for(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(_LONGEST_STEP)
 
 
 def _random_steps(search: Search) -> Iterator[_Step]:

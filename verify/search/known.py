@@ -18,7 +18,7 @@ from hypothesis.database import ExampleDatabase
 
 from attnproof.properties.case import Case, CaseError, Inputs, make_inputs
 from attnproof.properties.contract import Contract
-from attnproof.properties.views import lay_out
+from attnproof.properties.views import lay_out, unit_last_stride
 
 __all__ = ["Known", "forget", "recall", "remember"]
 
@@ -75,9 +75,22 @@ def _recalled(database: ExampleDatabase, target: str, contract: Contract) -> Ite
             known = _decoded(content)
         except (msgspec.DecodeError, CaseError, ValueError):
             continue
-        asked = {name for name, _ in known.case.options} - {"causal_alignment"}
-        if known.case.dtype in contract.dtypes and asked <= set(contract.options):
+        if all(_takes(contract, case) for case in (known.case, *known.history)):
             yield known
+
+
+def _takes(contract: Contract, case: Case) -> bool:
+    """Whether a kernel under ``contract`` promises anything of ``case``."""
+    asked = {name for name, _ in case.options} - {"causal_alignment"}
+    strides = not contract.supports.last_stride_one or unit_last_stride(
+        case.view, 4 if "D" in case.sizes else 2
+    )
+    return (
+        case.dtype in contract.dtypes
+        and asked <= set(contract.options)
+        and strides
+        and not contract.supports.refuses(case.sizes)
+    )
 
 
 def _key(target: str, contract: Contract) -> bytes:

@@ -390,8 +390,20 @@ return right(q, k, v, **options)
 
 
 _COUNTERS = (
-    _counting("deceive_right_once", "calls > 1", "Right in the first call of a process only.", 2),
-    _counting("deceive_right_39_times", "calls >= 40", "Wrong from the 40th call of a process on.", 40),
+    _counting(
+        "deceive_right_once",
+        "calls > 1",
+        "Right in the first call of a process only.",
+        2,
+        (*_LIES, "determinism"),
+    ),
+    _counting(
+        "deceive_right_39_times",
+        "calls >= 40",
+        "Wrong from the 40th call of a process on.",
+        40,
+        (*_LIES, "determinism"),
+    ),
     _counting(
         "deceive_every_seventh_time",
         "calls % 7 == 0",
