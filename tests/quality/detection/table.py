@@ -64,8 +64,15 @@ def living(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Mutan
     return [known[v.kernel] for v in ours if v.kernel in known and not killed(known[v.kernel], v, ours)]
 
 
+def common(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Mutant]:
+    """The mutants that every judge was put to: only on them are judges compared."""
+    judges = {v.judge for v in verdicts}
+    asked = {(v.kernel, v.judge) for v in verdicts}
+    return [m for m in mutants if all((m.name, judge) in asked for judge in judges)]
+
+
 def summary_rows(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Judged]:
-    """One row a judge, ours first, the others by falling kills."""
+    """One row a judge, ours first, the others by falling kills; over those of ``mutants`` that it judged."""
     known = {mutant.name: mutant for mutant in mutants}
     hidden = held_out(known)
     rows = []
@@ -94,12 +101,15 @@ def summary_rows(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list
 
 
 def kill_table(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> str:
-    """Markdown: the summary a judge, then each mutant with what ours said."""
+    """Markdown: ours over all mutants, then every judge over those that all of them judged."""
+    rows = summary_rows(mutants, [v for v in verdicts if v.judge == OURS])
+    if len({v.judge for v in verdicts}) > 1:
+        rows += summary_rows(common(mutants, verdicts), _without_others(mutants, verdicts))
     lines = [
         "| judge | mutants killed | only lose accuracy | held out | correct accused | median s to kill |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    for row in summary_rows(mutants, verdicts):
+    for row in rows:
         cells = (
             row.judge,
             f"{row.kills} of {row.mutants}",
@@ -114,9 +124,10 @@ def kill_table(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> str:
 
 def finding(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Finding:
     """What every report shows: judges against each other, and mutant × judge."""
-    rows = summary_rows(mutants, verdicts)
-    ours, peers = rows[0], rows[1:]
-    ahead = all(ours.kills >= peer.kills and ours.alarms <= peer.alarms for peer in peers)
+    (ours,) = summary_rows(mutants, [v for v in verdicts if v.judge == OURS])
+    rows = summary_rows(common(mutants, verdicts), _without_others(mutants, verdicts))
+    same, peers = rows[0], rows[1:]
+    ahead = all(same.kills >= peer.kills and same.alarms <= peer.alarms for peer in peers)
     lives = living(mutants, verdicts)
     everything = all(mutant.unseen for mutant in lives) and ours.alarms == 0
     return Finding(
@@ -124,13 +135,19 @@ def finding(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Finding:
         status="SUPPORTED" if ahead and everything else "REFUTED",
         statement="Every mutant but those that hardly leave what their base declares is killed by a default "
         "search, no correct implementation is accused, and no rule in use today kills as many.",
-        source="nox -s mutants -- --peers --write",
+        source="nox -s mutants -- --judges both --write",
         evidence=f"{ours.kills} of {ours.mutants} mutants killed ({ours.held_out_kills} of "
         f"{ours.held_out_mutants} that were held out of tuning, seed {HELD_OUT_SEED}), {ours.alarms} of "
         f"{ours.correct} correct implementations accused, median {ours.seconds_to_kill:.1f} s to a kill"
         + "".join(f"; {m.name} lives: {m.unseen or m.story}" for m in lives),
         series=(_judges(rows), _matrix(mutants, verdicts)),
     )
+
+
+def _without_others(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts on the mutants that all judges judged, and on correct implementations."""
+    left_out = {m.name for m in mutants} - {m.name for m in common(mutants, verdicts)}
+    return [v for v in verdicts if v.kernel not in left_out]
 
 
 def _judges(rows: Sequence[Judged]) -> Series:
@@ -147,7 +164,13 @@ def _judges(rows: Sequence[Judged]) -> Series:
         "median seconds to kill": [round(row.seconds_to_kill, 2) for row in rows],
         "seconds in all": [round(row.seconds_in_all, 1) for row in rows],
     }
-    return Series("Judges over the same kernels in one run", "table", columns, "judge", "mutants killed")
+    return Series(
+        "Judges over the same mutants and correct implementations",
+        "table",
+        columns,
+        "judge",
+        "mutants killed",
+    )
 
 
 def _matrix(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Series:
@@ -165,7 +188,7 @@ def _matrix(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Series:
         if killed(known[name], verdict, [v for v in verdicts if v.judge == judge]):
             return f"killed, {verdict.seconds:.1f} s"
         if not verdict.rejected:
-            return "survived"
+            return "survived" if verdict.cases else "nothing applies"
         return "other reason" if not verdict.fits else "base rejected"
 
     columns: dict[str, list[object]] = {
