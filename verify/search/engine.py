@@ -5,16 +5,11 @@ first); the *plan* of regimes, dtypes and pairs of options, with *larger* sizes 
 between; then, until the time is up, *random* structure in every thread but one, in which Hypothesis is
 *climbing* towards the budget's edge. The first failure ends the search; it is made small, put into words and
 into a script, and remembered for the next search.
-
-Judge threads share this process: while one waits for its worker process, another certifies a reference.
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import queue
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,10 +27,10 @@ from attnproof.properties.invariants import Invariant
 from attnproof.properties.regimes import plan
 from attnproof.properties.regimes.opening import larger, opening
 from attnproof.reports.record import CaseJudged, Counterexample, Event, KernelJudged
-from attnproof.search.climbing import Stopped, climb
 from attnproof.search.diagnosis import diagnose
 from attnproof.search.evidence import Evidence, Probe
 from attnproof.search.known import Known, forget, recall, remember
+from attnproof.search.lanes import Lanes, Result, Step
 from attnproof.search.prober import Prober
 from attnproof.search.scripts import script, values_in_words
 from attnproof.search.shrinking import shrink
@@ -54,33 +49,12 @@ _SHRINKING_SECONDS, _LONGEST_SHRINKING = 10.0, 15.0
 _SHRINKING_SHARE = 0.2
 # One call may take at most this share of the search.
 _CALL_SHARE = 0.3
-# Seconds that a step may go on after the search has ended.
-_GRACE_SECONDS = 2.0
-_LONGEST_STEP = 60.0
 # Cases of the plan: all regimes in all dtypes and all pairs of options of a softmax kernel take about 150.
 _PLANNED = 150
 # After this many cases of the plan comes one of the larger sizes or an invariant.
 _DEALT_EVERY = 4
 # A search that judged a smaller share of what it planned has not verified the kernel.
 _FEWEST = 0.5
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One thing to judge: a case, a failure of an earlier search, or an invariant at a case."""
-
-    phase: str
-    case: Case
-    invariant: Invariant | None = None
-    known: Known | None = None
-
-
-@dataclass(frozen=True)
-class _Result:
-    step: _Step
-    judged: JudgedCall
-    prober: Prober
-    recent: tuple[Case, ...]
 
 
 @dataclass(frozen=True)
@@ -120,10 +94,18 @@ class Search:
         yield kernel_started(self.subject, self.examples or len(planned))
         reserve = min(_RESERVED_SECONDS, _RESERVED_SHARE * (self.seconds or 1e9))
         until = None if self.seconds is None else begun + self.seconds - reserve
-        lanes = _Lanes(self, planned, until)
+        lanes = Lanes(
+            self.subject,
+            planned,
+            limits=self.call_limits,
+            jobs=self.jobs,
+            seed=self.seed,
+            examples=self.examples,
+            until=until,
+        )
         events: list[CaseJudged] = []
         planned_done = tried = 0
-        failing: _Result | None = None
+        failing: Result | None = None
         try:
             for result in lanes.results():
                 self._raise_if_unusable(result)
@@ -161,7 +143,7 @@ class Search:
             return self.limits
         return replace(self.limits, timeout=min(self.limits.timeout, _CALL_SHARE * self.seconds))
 
-    def _planned(self) -> list[_Step]:
+    def _planned(self) -> list[Step]:
         """Everything that is tried before chance takes over."""
         contract = self.subject.contract
         arguments: dict[str, Any] = {
@@ -172,26 +154,26 @@ class Search:
             "seed": self.seed,
         }
         first = opening(contract.family, **arguments)
-        steps = [_Step("opening", case) for case in first]
+        steps = [Step("opening", case) for case in first]
         dealt = _dealt(
-            [_Step("larger", case) for case in larger(contract.family, **arguments)],
-            [_Step("invariants", case, invariant) for invariant, case in places(contract, first, 2)],
+            [Step("larger", case) for case in larger(contract.family, **arguments)],
+            [Step("invariants", case, invariant) for invariant, case in places(contract, first, 2)],
         )
         cases = iter(plan(contract.family, budget=_PLANNED, **arguments))
         while batch := list(itertools.islice(cases, _DEALT_EVERY)):
-            steps += [_Step("plan", case) for case in batch]
+            steps += [Step("plan", case) for case in batch]
             steps += list(itertools.islice(dealt, 1))
         steps += list(dealt)
         return self._replayed() + steps
 
-    def _replayed(self) -> list[_Step]:
+    def _replayed(self) -> list[Step]:
         if self.database is None:
             return []
         contract = self.subject.contract
         known = recall(self.database, self._target, contract)
         invariants = {invariant.name: invariant for invariant in invariants_for(contract.family, contract)}
         return [
-            _Step("replay", k.case, invariants.get(k.invariant), k)
+            Step("replay", k.case, invariants.get(k.invariant), k)
             for k in known
             if not k.invariant or k.invariant in invariants
         ]
@@ -204,7 +186,7 @@ class Search:
         assert self.database is not None
         forget(self.database, self._target, self.subject.contract, known)
 
-    def _raise_if_unusable(self, result: _Result) -> None:
+    def _raise_if_unusable(self, result: Result) -> None:
         """A target that cannot be imported is a usage error, not a verdict."""
         outcome = result.judged.outcome
         if (
@@ -215,7 +197,7 @@ class Search:
             raise TargetError(outcome.message if outcome.type.endswith("TargetError") else str(outcome))
 
     def _counterexample(
-        self, failing: _Result, cases: int, found_after: float, begun: float, lanes: _Lanes
+        self, failing: Result, cases: int, found_after: float, begun: float, lanes: Lanes
     ) -> Counterexample:
         """The failure made small, in words and as a script, and remembered."""
         deadline = time.monotonic() + _LONGEST_SHRINKING
@@ -241,7 +223,7 @@ class Search:
         return self._told(failing, small, sentences, cases, found_after, spent)
 
     def _understood(
-        self, failing: _Result, evidence: Evidence, probe: Probe, deadline: float
+        self, failing: Result, evidence: Evidence, probe: Probe, deadline: float
     ) -> tuple[Evidence, tuple[str, ...]]:
         """The smallest failure and what is wrong with it.
 
@@ -261,7 +243,7 @@ class Search:
 
     def _told(
         self,
-        failing: _Result,
+        failing: Result,
         small: Evidence,
         sentences: tuple[str, ...],
         cases: int,
@@ -298,7 +280,7 @@ def _changed(verdict: KernelJudged, reason: str) -> KernelJudged:
     return KernelJudged(**{**fields, "verdict": "UNVERIFIED", "as_expected": False, "reason": reason})
 
 
-def _dealt(*hands: Iterable[_Step]) -> Iterator[_Step]:
+def _dealt(*hands: Iterable[Step]) -> Iterator[Step]:
     """One step of each hand in turn, until all are empty."""
     for row in itertools.zip_longest(*hands):
         yield from (step for step in row if step is not None)
@@ -310,130 +292,3 @@ def _probe_invariant(
     """An invariant is probed at cases only: its own variants decide about tensors."""
     judged = prober.invariant(invariant, case)
     return judged if inputs is None else replace(judged, inputs=None)
-
-
-class _Lanes:
-    """The judge threads, and the queue of their results."""
-
-    def __init__(self, search: Search, planned: Sequence[_Step], until: float | None) -> None:
-        self._search = search
-        self._until = until
-        self._results: queue.SimpleQueue[_Result | BaseException | None] = queue.SimpleQueue()
-        self._planned = iter(planned)
-        self._random = _random_steps(search)
-        self._lock = threading.Lock()
-        self._left = search.examples
-        self._stopping = threading.Event()
-        self._probers = [Prober(search.subject, search.call_limits) for _ in range(search.jobs)]
-        self._threads = [
-            threading.Thread(target=self._serve, args=(number, prober), daemon=True)
-            for number, prober in enumerate(self._probers)
-        ]
-        for thread in self._threads:
-            thread.start()
-        # A thread that is still in native code when the interpreter ends would abort the process.
-        atexit.register(_wait_for, self._threads)
-
-    def results(self) -> Iterator[_Result]:
-        """Results as they come, until every thread is done or the time is up.
-
-        A step that is still under way then is given up: its worker ends with :meth:`close`.
-        """
-        running = len(self._threads)
-        while running:
-            left = None if self._until is None else max(0.0, self._until + _GRACE_SECONDS - time.monotonic())
-            try:
-                result = self._results.get(timeout=left)
-            except queue.Empty:
-                return
-            if result is None:
-                running -= 1
-            elif isinstance(result, BaseException):
-                raise result
-            elif not self._stopping.is_set():
-                yield result
-
-    def stop(self) -> None:
-        """No further step is begun."""
-        self._stopping.set()
-
-    def join(self) -> None:
-        """Wait for the steps that are under way, but not for one that takes long to certify."""
-        until = time.monotonic() + _GRACE_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-    def close(self) -> None:
-        """End threads and workers."""
-        self.stop()
-        for prober in self._probers:
-            prober.close()
-        self.join()
-
-    def _serve(self, number: int, prober: Prober) -> None:
-        try:
-            while (step := self._next_planned()) is not None:
-                self._judge(prober, step)
-            if number == 0:
-                first_seed = 1000 * self._search.seed
-                climb(self._search.subject.contract, first_seed, partial(self._climbed, prober))
-            while True:
-                with self._lock:
-                    step = next(self._random)
-                self._judge(prober, step)
-        except Stopped:
-            pass
-        except BaseException as error:
-            self._results.put(error)
-        self._results.put(None)
-
-    def _next_planned(self) -> _Step | None:
-        with self._lock:
-            return next(self._planned, None)
-
-    def _climbed(self, prober: Prober, case: Case) -> CaseJudged:
-        return self._judge(prober, _Step("climbing", case))
-
-    def _judge(self, prober: Prober, step: _Step) -> CaseJudged:
-        """Judge one step and hand on the result.
-
-        Raises:
-            Stopped: time or examples are used up.
-        """
-        with self._lock:
-            if self._left is not None:
-                self._left -= 1
-            used_up = self._left is not None and self._left < 0
-        late = self._until is not None and time.monotonic() > self._until
-        if used_up or late or self._stopping.is_set():
-            raise Stopped
-        recent = prober.recent
-        if step.invariant is not None:
-            judged = prober.invariant(step.invariant, step.case)
-        elif step.known is not None:
-            judged = prober(step.case, step.known.inputs, history=step.known.history)
-        else:
-            judged = prober(step.case)
-        self._results.put(_Result(step, judged, prober, recent))
-        return judged.event
-
-
-def _wait_for(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join(_LONGEST_STEP)
-
-
-def _random_steps(search: Search) -> Iterator[_Step]:
-    """Cases of random structure without end."""
-    contract = search.subject.contract
-    cases = plan(
-        contract.family,
-        dtypes=contract.dtypes,
-        options=contract.options,
-        supports=contract.supports,
-        causal_alignment=contract.causal_alignment,
-        budget=0,
-        seed=search.seed + 7,
-        thorough=True,
-    )
-    return (_Step("random", case) for case in cases)

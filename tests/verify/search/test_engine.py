@@ -68,13 +68,22 @@ def test_each_wrong_kernel_is_found_before_chance_takes_over(bug: str, folder: P
     assert found.verdict.failures
 
 
-def test_a_failure_is_replayed_first_and_forgotten_once_it_is_mended(folder: Path) -> None:
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Settings with time to shrink on a machine that does other things as well."""
+    monkeypatch.setattr("attnproof.search.engine._LONGEST_SHRINKING", 90.0)
+    return {"minimise": True, "seconds": None, "examples": 150, "jobs": 1}
+
+
+def test_a_failure_is_replayed_first_and_forgotten_once_it_is_mended(
+    folder: Path, unhurried: dict[str, object]
+) -> None:
     database = InMemoryExampleDatabase()
     target = module(folder, "mended", RIGHT.replace(*BUGS["causal"][0]))
-    first = ended(list(search(target, database=database, minimise=True).run()))[2]
+    first = ended(list(search(target, database=database, **unhurried).run()))[2]
     assert first is not None
     assert first.sentences
-    again = ended(list(search(target, database=database).run()))[2]
+    again = ended(list(search(target, database=database, jobs=1).run()))[2]
     assert again is not None
     assert (again.phase, again.cases) == ("replay", 1)
     assert again.found.id == first.case.id
@@ -84,9 +93,11 @@ def test_a_failure_is_replayed_first_and_forgotten_once_it_is_mended(folder: Pat
     assert not any(database.data.values())
 
 
-def test_a_kernel_that_remembers_is_found_with_the_calls_that_it_takes(folder: Path) -> None:
+def test_a_kernel_that_remembers_is_found_with_the_calls_that_it_takes(
+    folder: Path, unhurried: dict[str, object]
+) -> None:
     text = MEMO.replace("_memo[key].clone()", "__import__('copy').deepcopy(_memo[key])")
-    found = ended(list(search(module(folder, "memo", text), minimise=True).run()))[2]
+    found = ended(list(search(module(folder, "memo", text), **unhurried).run()))[2]
     assert found is not None
     assert any("earlier" in sentence for sentence in found.sentences), found.sentences
 
