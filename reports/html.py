@@ -34,7 +34,7 @@ __all__ = ["render"]
 DETAIL_LIMIT = 6000
 """Characters of a failure's detail (traceback, output) that a page shows; the record holds all of it."""
 
-TABLE_ROWS_LIMIT = 200
+TABLE_ROWS_LIMIT = 400
 """Rows of a finding's series that a page shows as a table."""
 
 BUNDLE_ENTRY = "window.vegaEmbed = vegaEmbed;"
