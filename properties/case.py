@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,41 +18,24 @@ import torch
 
 from attnproof.properties.contract import DTYPES
 from attnproof.properties.draw import Draw
+from attnproof.properties.signatures import COTANGENTS, SIGNATURES
 from attnproof.properties.views import VIEWS, lay_out
 
 __all__ = ["OPTIONS", "SYMBOLS", "TENSORS", "Case", "CaseError", "Inputs", "make_inputs"]
 
-SYMBOLS: dict[str, tuple[str, ...]] = {
-    "logsumexp": ("R", "N"),
-    "softmax_rows": ("R", "N"),
-    "softmax": ("B", "H", "G", "M", "N", "D", "E"),
-}
+SYMBOLS: dict[str, tuple[str, ...]] = {name: form.symbols for name, form in SIGNATURES.items()}
 """By family, the symbols of a case's shape, in the order of its text."""
 
-TENSORS: dict[str, tuple[str, ...]] = {
-    "logsumexp": ("x",),
-    "softmax_rows": ("x",),
-    "softmax": ("q", "k", "v"),
-}
+TENSORS: dict[str, tuple[str, ...]] = {name: tuple(form.tensors) for name, form in SIGNATURES.items()}
 """By family, the positional tensors of the canonical call, in order."""
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "logsumexp": (),
-    "softmax_rows": (),
-    "softmax": (
-        "causal",
-        "causal_alignment",
-        "window",
-        "softcap",
-        "bias",
-        "sinks",
-        "cu_seqlens",
-        "return_lse",
-    ),
-}
+OPTIONS: dict[str, tuple[str, ...]] = {name: form.options for name, form in SIGNATURES.items()}
 """By family, the options that a case may have, in the order of its text."""
 
-_FLAGS = ("causal", "sinks", "return_lse")
+_FLAGS = ("causal", "sinks", "alibi_slopes", "beta", "return_lse")
+# Options of a case that are no keyword of the call.
+_APART = ("causal_alignment", "cotangents")
+_EPS = 2.0**-10
 _BIAS = re.compile("[b1][h1][m1][n1]")
 
 
@@ -71,9 +54,12 @@ class Case:
         regime: name of a regime of inputs.
         options: (keyword, value) for each keyword passed: ``causal`` True, ``causal_alignment`` "top-left"
             (not a keyword, but decides which keys are seen), ``window`` (left, right) with None for no limit,
-            ``softcap`` > 0, ``bias`` the pattern by which it broadcasts such as "bhmn" or "b11n", ``sinks``
-            True, ``cu_seqlens`` the lengths of packed sequences, ``return_lse`` True. Options that are False
-            or None are left out.
+            ``softcap`` > 0, ``bias`` the pattern by which it broadcasts such as "bhmn" or "b11n" (of sigmoid
+            a float), ``sinks``, ``alibi_slopes``, ``beta`` True, ``cu_seqlens`` the lengths of packed
+            sequences, ``return_lse`` True, ``normalizer`` > 0, ``power`` 2, ``variance`` "off", ``pool`` a
+            window for each head, ``band`` ≥ 0, ``cotangents`` the kind of those that gradients are asked for
+            (one of :data:`attnproof.properties.signatures.COTANGENTS`). Options that are False or None are
+            left out.
         view: a memory layout of :data:`attnproof.properties.views.VIEWS`.
         seed: ≥ 0.
 
@@ -166,10 +152,12 @@ class Inputs:
     Attributes:
         tensors: positional tensors by name, in call order, in the layout (B, H, M, D).
         options: keywords of the call: ``scale`` where the family has one, and those that the case has.
+        cotangents: by output, in its dtype and layout (B, H, M, …); empty where no gradient is asked for.
     """
 
     tensors: dict[str, torch.Tensor]
     options: dict[str, Any]
+    cotangents: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -190,54 +178,96 @@ def make_inputs(case: Case) -> Inputs:
     objection = regime.declines(case.family, case.dtype, [name for name, _ in case.options])
     if objection:
         raise CaseError(f"case {case.id}: regime {regime.name!r}: {objection}")
+    form = SIGNATURES[case.family]
+    doubled = any(axis == "2D" for axes in form.tensors.values() for axis in axes)
+    sizes = {**case.sizes, "D": 2 * case["D"]} if doubled else case.sizes
     draw = Draw(
         family=case.family,
         dtype=case.dtype,
         regime=case.regime,
-        sizes=case.sizes,
+        sizes=sizes,
         options=dict(case.options),
         seed=case.seed,
         shared=case.view == "broadcast",
     )
     values = regime.build(draw)
-    shapes = _tensor_shapes(draw)
     tensors = {}
-    for name in TENSORS[case.family]:
-        full = np.broadcast_to(values.pop(name), shapes[name])
+    for name, axes in form.tensors.items():
+        shape = form.shape(axes, case.sizes)
+        if name in form.parameters and name not in values:
+            centre, deviation = form.parameters[name]
+            values[name] = centre + deviation * draw.normal(name, *shape)
+        full = np.broadcast_to(values.pop(name), shape)
         tensors[name] = lay_out(_stored(full, case.torch_dtype), case.view, name)
-    return Inputs(tensors, _keywords(case, draw, values))
+    return Inputs(tensors, _keywords(case, draw, values), _cotangents(case, draw, tensors))
 
 
 def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
     """The keywords of the call; what the regime left open is drawn here."""
     keywords: dict[str, Any] = {}
-    if "D" in case.sizes:
+    required = SIGNATURES[case.family].required
+    if "scale" in required:
         keywords["scale"] = float(values.get("scale", draw.scale))
+    if "eps" in required:
+        keywords["eps"] = float(values.get("eps", _EPS))
+    if "pool" in required:
+        keywords["pool"] = (1,) * case["H"]
     for name, value in case.options:
-        if name == "bias":
-            bias = values["bias"] if "bias" in values else draw.normal("bias", *draw.bias_shape)
-            keywords[name] = lay_out(
-                _stored(np.broadcast_to(bias, draw.bias_shape), case.torch_dtype), case.view, name
-            )
-        elif name == "sinks":
-            sinks = values["sinks"] if "sinks" in values else draw.normal("sinks", draw["H"])
-            keywords[name] = lay_out(_stored(sinks, case.torch_dtype), case.view, name)
+        if name in ("sinks", "beta") or (name == "bias" and isinstance(value, str)):
+            keywords[name] = _parameter(name, case, draw, values)
+        elif name == "alibi_slopes":
+            # 2^(−8h/H) for head h = 1 … H (Press et al. 2022).
+            powers = np.arange(1, case["H"] + 1) * (-8.0 / case["H"])
+            keywords[name] = torch.from_numpy(np.exp2(powers)).to(torch.float32)
         elif name == "cu_seqlens":
             keywords[name] = torch.tensor([0, *np.cumsum(value)], dtype=torch.int32)
-        elif name != "causal_alignment":
+        elif name == "variance":
+            keywords[name] = False
+        elif name not in _APART:
             keywords[name] = value
     return keywords
 
 
-def _tensor_shapes(draw: Draw) -> dict[str, tuple[int, ...]]:
-    if draw.family != "softmax":
-        return {"x": (draw["R"], draw["N"])}
-    batch, groups, keys = draw["B"], draw["G"], draw["N"]
-    return {
-        "q": (*draw.queries, draw["D"]),
-        "k": (batch, groups, keys, draw["D"]),
-        "v": (batch, groups, keys, draw["E"]),
-    }
+def _parameter(name: str, case: Case, draw: Draw, values: dict[str, Any]) -> torch.Tensor:
+    """A tensor that is passed by keyword, in the case's dtype and view."""
+    shape = draw.bias_shape if name == "bias" else (draw["H"],)
+    if name in values:
+        drawn = values[name]
+    else:
+        drawn = draw.normal(name, *shape) * (0.5 if name == "beta" else 1.0) + (
+            1.0 if name == "beta" else 0.0
+        )
+    return lay_out(_stored(np.broadcast_to(drawn, shape), case.torch_dtype), case.view, name)
+
+
+def _cotangents(case: Case, draw: Draw, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A cotangent for each output, of the kind that the case names."""
+    kind = case.option("cotangents")
+    if kind is None:
+        return {}
+    form = SIGNATURES[case.family]
+    wide = torch.float64 if case.dtype == "float64" else torch.float32
+    made = {}
+    for name, axes in form.outputs.items():
+        if name == "lse" and not case.option("return_lse"):
+            continue
+        shape = form.shape(axes, case.sizes)
+        dtype = wide if name == "lse" else case.torch_dtype
+        if kind == "ones":
+            made[name] = torch.ones((), dtype=dtype).expand(shape)
+            continue
+        values = draw.normal(f"d{name}", *shape)
+        if kind == "one-hot":
+            rows = draw.integers(f"d{name} rows", 0, 3, *shape[:-1], 1) == 0
+            column = draw.integers(f"d{name} column", 0, max(shape[-1], 1), *shape[:-1], 1)
+            values = np.where(rows & (np.arange(shape[-1]) == column), values, 0.0)
+        elif kind == "aligned" and name == "o" and "v" in tensors and tensors["v"].shape[2]:
+            v = tensors["v"].double().nan_to_num(0.0, 0.0, 0.0).numpy()
+            mean = np.repeat(v.mean(axis=2, keepdims=True), shape[1] // v.shape[1], axis=1)
+            size = np.abs(mean).max(initial=0.0)
+            values = (mean / size if size else 1.0) * np.abs(draw.normal("do", *shape[:-1], 1)) + 0.0 * values
+        made[name] = lay_out(_stored(np.ascontiguousarray(values), dtype), case.view, f"d{name}")
+    return made
 
 
 def _stored(values: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
@@ -274,13 +304,13 @@ def _canonical_options(
     for name, value in given.items():
         if name not in known:
             raise CaseError(f"option {name!r}: family {family!r} has {', '.join(known) or 'no options'}")
-        given[name] = _checked_option(name, value, sizes)
+        given[name] = _checked_option(family, name, value, sizes)
     if given.get("causal_alignment") == "bottom-right":
         del given["causal_alignment"]
     return tuple((name, given[name]) for name in known if name in given)
 
 
-def _checked_option(name: str, value: Any, sizes: Mapping[str, int]) -> Any:
+def _checked_option(family: str, name: str, value: Any, sizes: Mapping[str, int]) -> Any:
     """``value`` in canonical form (tuples for lists, float for int)."""
     expected = ""
     if isinstance(value, list):
@@ -289,7 +319,22 @@ def _checked_option(name: str, value: Any, sizes: Mapping[str, int]) -> Any:
         expected = "" if value is True else "True"
     elif name == "causal_alignment":
         expected = "" if value in ("top-left", "bottom-right") else "'top-left' or 'bottom-right'"
-    elif name == "softcap":
+    elif name == "cotangents":
+        expected = "" if value in COTANGENTS else f"one of {', '.join(COTANGENTS)}"
+    elif name == "variance":
+        expected = "" if value == "off" else "'off'"
+    elif name == "power":
+        expected = "" if value == 2 else "2"
+    elif name == "band":
+        expected = "" if _is_size(value) else "an integer ≥ 0"
+    elif name == "pool":
+        fits = isinstance(value, tuple) and len(value) == sizes["H"]
+        good = fits and all(_is_size(x) and x > 0 for x in value)
+        expected = "" if good else f"one integer ≥ 1 for each of the {sizes['H']} heads"
+    elif name == "bias" and family == "sigmoid":
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        value, expected = (float(value), "") if good else (value, "a finite number")
+    elif name in ("softcap", "normalizer"):
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
         value, expected = (float(value), "") if good else (value, "a positive finite number")
     elif name == "bias":
@@ -317,7 +362,7 @@ def _option_text(name: str, value: Any) -> str:
     if name == "window":
         left, right = ("" if side is None else str(side) for side in value)
         return f"{name}={left}..{right}"
-    if name == "cu_seqlens":
+    if name in ("cu_seqlens", "pool"):
         return f"{name}={'+'.join(map(str, value))}"
     return f"{name}={value}"
 
@@ -330,9 +375,11 @@ def _parse_option(item: str) -> tuple[str, Any]:
         if name == "window":
             left, right = text.split("..")
             return name, (int(left) if left else None, int(right) if right else None)
-        if name == "cu_seqlens":
+        if name in ("cu_seqlens", "pool"):
             return name, tuple(int(length) for length in text.split("+"))
-        if name == "softcap":
+        if name in ("band", "power"):
+            return name, int(text)
+        if name in ("softcap", "normalizer") or (name == "bias" and not _BIAS.fullmatch(text)):
             return name, float(text)
     except ValueError:
         raise CaseError(

@@ -90,7 +90,8 @@ def _uncertified(
     rows = torch.zeros(problem.row_shape, dtype=torch.bool)
     for output in problem.outputs:
         bad = ~(found[output].radius <= targets[output])
-        rows |= bad.flatten(rows.dim()).any(-1) if bad.dim() > rows.dim() else bad
+        if bad.numel():
+            rows |= bad.reshape(*problem.row_shape, -1).any(-1)
     return rows & ~problem.undetermined()
 
 

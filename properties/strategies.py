@@ -17,6 +17,7 @@ from attnproof.properties.case import OPTIONS, SYMBOLS, Case, CaseError
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES, SIZES
 from attnproof.properties.regimes.planning import GROUPS, WIDTHS
+from attnproof.properties.signatures import COTANGENTS, SIGNATURES
 from attnproof.properties.views import VIEWS, unit_last_stride
 
 __all__ = ["cases"]
@@ -86,18 +87,45 @@ def _case(
         chosen = [o for o in options if any(o in REGIMES[n].needs for n in names)][:1]
         usable = [name for name in names if REGIMES[name].declines(family, dtype, chosen) is None]
     regime = draw(st.sampled_from(usable))
-    axes = 4 if family == "softmax" else 2
-    views = [v for v in VIEWS if not supports.last_stride_one or unit_last_stride(v, axes)]
+    form = SIGNATURES[family]
+    views = [v for v in VIEWS if not supports.last_stride_one or unit_last_stride(v, form.axes)]
     values: dict[str, Any] = dict.fromkeys(chosen, True)
-    sizes = (
-        _attention_sizes(draw, values, supports, most)
-        if family == "softmax"
-        else _row_sizes(draw, supports, most)
-    )
+    if form.attention:
+        sizes = _attention_sizes(draw, values, supports, most)
+    elif family == "easy":
+        sizes = _easy_sizes(draw, supports, most)
+    else:
+        sizes = _row_sizes(draw, supports, most)
+    _fill_in(draw, family, values, sizes)
     if "causal" in values and causal_alignment == "top-left":
         values["causal_alignment"] = "top-left"
     view = draw(st.sampled_from(views))
     return Case(family, dtype, sizes, regime, values, view, draw(st.integers(0, 999)))  # type: ignore[arg-type]
+
+
+def _fill_in(draw: DrawFn, family: str, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Values of options that are neither flags nor decide sizes."""
+    choices: dict[str, SearchStrategy[Any]] = {
+        "cotangents": st.sampled_from(COTANGENTS),
+        "normalizer": st.just(float(max(sizes["N"], 1))),
+        "power": st.just(2),
+        "variance": st.just("off"),
+        "band": st.integers(0, max(1, sizes["N"])),
+    }
+    if family == "sigmoid":
+        choices["bias"] = st.sampled_from((0.0, -2.5, 1.0))
+    if "pool" in SIGNATURES[family].required:
+        heads = sizes["H"]
+        windows = st.lists(st.sampled_from((1, 2, 3, 4, 7)), min_size=heads, max_size=heads)
+        values["pool"] = tuple(draw(windows))
+    for name in sorted(choices.keys() & values.keys()):
+        values[name] = draw(choices[name])
+
+
+def _easy_sizes(draw: DrawFn, supports: Supports, most: int) -> dict[str, int]:
+    least = int(supports.nonempty)
+    sizes = {"B": draw(st.integers(least, 2)), "H": draw(st.integers(1, 3))}
+    return {**sizes, "N": draw(_lengths(supports, most)), "E": draw(_widths(supports))}
 
 
 def _row_sizes(draw: DrawFn, supports: Supports, most: int) -> dict[str, int]:
@@ -126,7 +154,7 @@ def _attention_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, m
     if "softcap" in values:
         values["softcap"] = draw(st.sampled_from((2.0, 30.0, 0.7, 50.0)))
     if "bias" in values:
-        values["bias"] = draw(st.sampled_from(_PATTERNS))
+        values["bias"] = draw(st.sampled_from(_PATTERNS))  # of sigmoid, replaced by a number afterwards
     return {"B": batch, "H": group * heads, "G": heads, "M": rows, "N": length, "D": width, "E": value}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -172,8 +173,6 @@ def fuzz(
     from attnproof.interface import make_subject
     from attnproof.search.engine import DEFAULT_SECONDS, Search
 
-    if gradients:
-        raise UsageError(f"--gradients: family {family!r} has no certified gradients yet; leave it out")
     table = _pairs(declare)
     if layout is not None:
         table["layout"] = layout
@@ -182,8 +181,11 @@ def fuzz(
     for path in (script, json, html, junit, sarif):
         if path is not None:
             _writable(path)
+    subject = make_subject(target, family, _split(dtypes), _split(options), None, device, table)
+    if gradients and "cotangents" not in subject.options:
+        raise UsageError(f"--gradients: family {family!r} has none, or differentiable=false is declared")
     search = Search(
-        subject=make_subject(target, family, _split(dtypes), _split(options), None, device, table),
+        subject=replace(subject, gradients=gradients),
         command="attnproof " + " ".join(sys.argv[1:]),
         examples=examples,
         seconds=time_limit or (None if examples else DEFAULT_SECONDS),

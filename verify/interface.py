@@ -119,7 +119,7 @@ def check(
     case = Case.parse(case) if isinstance(case, str) else case
     if not isinstance(case, Case):
         raise CaseError(f"case is a {type(case).__name__}; expected an attnproof.Case or its text")
-    options = tuple(name for name, _ in case.options if name != "causal_alignment")
+    options = tuple(name for name, _ in case.options if name not in ("causal_alignment", "cotangents"))
     subject = make_subject(fn, case.family, (case.dtype,), options, contract, device, declare)
     if isolation not in ("process", "none"):
         raise ContractError(f"isolation={isolation!r}: expected 'process' or 'none'")

@@ -20,8 +20,10 @@ from attnproof.properties.case import Case, Inputs, make_inputs
 from attnproof.properties.contract import Contract, Precision
 from attnproof.properties.families import family_of
 from attnproof.properties.families.base import Budget, Family, Problem, Reference
+from attnproof.properties.families.gradients import GradientProblem
 from attnproof.properties.oracle import CertificationError, certify
 from attnproof.properties.regimes import REGIMES
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.reports.record import Failure, OutputStatistics
 from attnproof.statistics import Deviation, Thresholds, deviation, thresholds_for
 
@@ -39,6 +41,7 @@ _EXPLANATIONS: tuple[tuple[str, Mapping[str, str | float]], ...] = (
     ("probabilities stored in bfloat16 (probabilities=bfloat16)", {"probabilities": "bfloat16"}),
     ("a log-sum-exp stored in the inputs' dtype (lse=…)", {"lse": "input"}),
     ("scores stored in the inputs' dtype (scores=…)", {"scores": "input"}),
+    ("dS and dP stored in the inputs' dtype (dscores=…)", {"dscores": "input"}),
     ("accumulation in the inputs' dtype (accumulate=…)", {"accumulate": "input"}),
 )
 
@@ -54,6 +57,38 @@ class Trial:
     problem: Problem
     reference: Reference
     budgets: Mapping[str, Budget]
+    gradients: GradientProblem | None = None
+
+    def problem_of(self, name: str) -> Problem:
+        """The problem that has the output ``name``: the forward one, or that of the gradients."""
+        if self.gradients is not None and name in self.gradients.outputs:
+            return self.gradients
+        return self.problem
+
+    def row_axes(self, name: str) -> int:
+        """How many leading axes of an output index its rows."""
+        return self.problem_of(name).row_axes(name)
+
+    def with_gradients(self) -> Trial:
+        """This trial with reference and budgets of the gradients that its cotangents ask for.
+
+        Raises:
+            CertificationError: a gradient could not be certified.
+        """
+        if self.gradients is not None or not self.inputs.cotangents or not self.problem.differentiated:
+            return self
+        cotangents = {name: tensor.double() for name, tensor in self.inputs.cotangents.items()}
+        problem = GradientProblem(self.problem, self.reference.outputs, cotangents)
+        reference, budgets = _certified(problem, self.contract, self.case)
+        counts = dict(self.reference.arithmetic)
+        for name, count in reference.arithmetic.items():
+            counts[name] = counts.get(name, 0) + count
+        return dataclasses.replace(
+            self,
+            gradients=problem,
+            reference=Reference({**self.reference.outputs, **reference.outputs}, counts),
+            budgets={**self.budgets, **budgets},
+        )
 
     def judge(self, outputs: Mapping[str, torch.Tensor]) -> Judgement:
         """Compare outputs (by name, in layout bhnd, of the right shapes and dtypes) with the reference."""
@@ -61,14 +96,17 @@ class Trial:
         statistics = {}
         for name, got in outputs.items():
             budget, exact = self.budgets[name], self.reference.outputs[name]
-            found = deviation(got, exact, budget, len(self.problem.row_shape))
+            found = deviation(got, exact, budget, self.row_axes(name))
             failures += self._failures(name, got, found)
             statistics[name] = self._statistics(name, found)
         unjudged: dict[str, int] = {}
-        for budget in self.budgets.values():
-            for reason, count in budget.reasons.items():
+        for name in outputs:
+            for reason, count in self.budgets[name].reasons.items():
                 unjudged[reason] = unjudged.get(reason, 0) + count
         vacuous = tuple(self.problem.vacuity(self.reference.outputs, self.budgets))
+        if vacuous and self.gradients is not None:
+            own = {name: self.budgets[name] for name in self.gradients.outputs}
+            vacuous = tuple(self.gradients.vacuity(self.reference.outputs, own))
         return Judgement("FAIL" if failures else "PASS", tuple(failures), vacuous, unjudged, statistics)
 
     @property
@@ -79,7 +117,7 @@ class Trial:
     def _statistics(self, name: str, found: Deviation) -> OutputStatistics:
         budget, compared = self.budgets[name], found.compared
         rows = found.row_rms
-        gauge = self.problem.gauge(name, self.reference.outputs).clamp(min=1e-300)
+        gauge = self.problem_of(name).gauge(name, self.reference.outputs).clamp(min=1e-300)
         reach = (budget.certain / gauge).reshape(compared.shape)[compared]
         return OutputStatistics(
             elements=compared.numel(),
@@ -121,6 +159,8 @@ class Trial:
         if "x" in tensors:
             x = tensors["x"].double()
             return _largest(x[x.isfinite()].abs())
+        if "q" not in tensors:
+            return 0.0
         q, k = tensors["q"].double().nan_to_num(0, 0, 0), tensors["k"].double().nan_to_num(0, 0, 0)
         if not q.numel() or not k.numel():
             return 0.0
@@ -152,7 +192,8 @@ class Trial:
             words = f"error is {ratio} times what any kernel of the declared precision can make"
             hint = self._explanation(name, got)
             count = int((certain > 1.0).sum())
-            more = f"; {count} elements in {int(_rows(certain > 1.0, self.problem).sum())} rows exceed theirs"
+            rows = int(_rows(certain > 1.0, self.row_axes(name)).sum())
+            more = f"; {count} elements in {rows} rows exceed theirs"
             failures.append(
                 self._failure("certain", name, index, got, float(certain[index]), words + more + hint)
             )
@@ -190,12 +231,13 @@ class Trial:
         self, rule: str, name: str, index: tuple[int, ...], got: torch.Tensor, ratio: float | None, words: str
     ) -> Failure:
         exact = self.reference.outputs[name]
-        row = index[: len(self.problem.row_shape)]
+        problem = self.problem_of(name)
+        row = index[: problem.row_axes(name)]
         value, radius, returned = float(exact.value[index]), float(exact.radius[index]), float(got[index])
         place = f"{name}[{', '.join(map(str, index))}]"
         reason = (
             f"{place} = {returned:.9g}, expected {value:.9g} ± {radius:.2g}: {words}; "
-            f"{self.problem.explain_row(name, row)}"
+            f"{problem.explain_row(name, row)}"
         )
         return Failure(
             rule=rule,
@@ -218,12 +260,13 @@ class Trial:
             if precision.resolved(self.case.dtype) == self.contract.precision.resolved(self.case.dtype):
                 continue
             weaker = dataclasses.replace(self.contract, precision=precision)
-            exact = self.reference.outputs
-            weaker_budgets = self.problem.budgets(exact, weaker)
+            exact, problem = self.reference.outputs, self.problem_of(name)
+            weaker_budgets = problem.budgets(exact, weaker)
             budget = weaker_budgets[name]
-            if any(reason.startswith("accuracy") for reason in self.problem.vacuity(exact, weaker_budgets)):
+            vacuity = problem.vacuity(exact, weaker_budgets)
+            if any(reason.startswith(("accuracy", "gradients")) for reason in vacuity):
                 continue  # what would excuse the mean of V as well explains nothing
-            found = deviation(got, exact[name], budget, len(self.problem.row_shape))
+            found = deviation(got, exact[name], budget, self.row_axes(name))
             if not found.nonfinite.any() and _largest(found.certain) <= 1.0:
                 return f"; consistent with {words}: declare it if intended"
         return ""
@@ -255,9 +298,19 @@ def prepare(case: Case, contract: Contract, inputs: Inputs | None = None) -> Tri
     family = family_of(case.family)
     inputs = make_inputs(case) if inputs is None else inputs
     options = dict(inputs.options)
-    if family.name == "softmax":
+    if "causal_alignment" in SIGNATURES[family.name].options:
         options["causal_alignment"] = contract.causal_alignment
     problem = family.problem(*inputs.tensors.values(), **options)
+    reference, budgets = _certified(problem, contract, case)
+    return Trial(case, contract, family, inputs, problem, reference, budgets)
+
+
+def _certified(problem: Problem, contract: Contract, case: Case) -> tuple[Reference, dict[str, Budget]]:
+    """The reference to a fraction of each element's budgets, and the budgets.
+
+    Raises:
+        CertificationError: the largest precision did not suffice, or a budget is not a number.
+    """
     latest: dict[str, Budget] = {}
 
     def targets(found: Mapping[str, Enclosure]) -> dict[str, torch.Tensor]:
@@ -277,7 +330,7 @@ def prepare(case: Case, contract: Contract, inputs: Inputs | None = None) -> Tri
     for name, budget in latest.items():
         if bool((budget.certain.isnan() & ~budget.open).any()):
             raise CertificationError(f"the budget of output {name} is not a number for case {case.id}")
-    return Trial(case, contract, family, inputs, problem, reference, dict(latest))
+    return reference, dict(latest)
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -293,6 +346,5 @@ def _first(mask: torch.Tensor, got: torch.Tensor) -> tuple[int, ...]:
     return tuple(mask.reshape(got.shape).nonzero()[0].tolist())
 
 
-def _rows(mask: torch.Tensor, problem: Problem) -> torch.Tensor:
-    rows = len(problem.row_shape)
+def _rows(mask: torch.Tensor, rows: int) -> torch.Tensor:
     return mask.flatten(rows).any(-1) if mask.dim() > rows else mask

@@ -130,7 +130,7 @@ def default_plan(
         cases = plan(
             contract.family,
             dtypes=dtypes or contract.dtypes,
-            options=contract.options,
+            options=subject.options,
             supports=contract.supports,
             causal_alignment=contract.causal_alignment,
             budget=budget,
@@ -142,7 +142,7 @@ def default_plan(
             small = opening(
                 contract.family,
                 dtypes=dtypes or contract.dtypes,
-                options=contract.options,
+                options=subject.options,
                 supports=contract.supports,
                 causal_alignment=contract.causal_alignment,
                 seed=seed,

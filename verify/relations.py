@@ -115,7 +115,7 @@ def results_of(planned: Call, judged: JudgedCall) -> dict[str, Result]:
 
 def _result(planned: Call, trial: Trial, name: str, got: torch.Tensor) -> Result:
     budget, reference = trial.budgets[name], trial.reference.outputs[name]
-    found = deviation(got, reference, budget, len(trial.problem.row_shape))
+    found = deviation(got, reference, budget, trial.row_axes(name))
     compared = found.compared.reshape(got.shape)
     limits = None
     if planned.familiar:

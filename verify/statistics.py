@@ -45,6 +45,7 @@ class Deviation:
         compared: bool, elements that are compared numerically.
         nonfinite: bool, elements that should be finite and are not, or miss an infinity.
         misplaced: bool, elements of which one value is asked (0, nan, ±inf) and another came.
+        beside: signed distance / probable from the exact result rounded to the output's dtype.
     """
 
     certain: torch.Tensor
@@ -52,6 +53,7 @@ class Deviation:
     compared: torch.Tensor
     nonfinite: torch.Tensor
     misplaced: torch.Tensor
+    beside: torch.Tensor
 
     @property
     def rms(self) -> float:
@@ -99,7 +101,10 @@ def deviation(got: torch.Tensor, reference: Enclosure, budget: Budget, row_axes:
     certain = _ratio(beyond, budget.certain)
     sign = torch.where(value == 0, 1.0, value.sign())
     probable = _ratio(beyond, budget.probable) * error.sign() * torch.where(compared, sign, 1.0)
-    result = (certain, probable, compared, nonfinite, misplaced)
+    nearest = value.to(got.dtype).double()
+    distance = torch.where(compared & nearest.isfinite(), g - nearest, 0.0)
+    beside = _ratio(distance.abs(), budget.probable) * distance.sign() * torch.where(compared, sign, 1.0)
+    result = (certain, probable, compared, nonfinite, misplaced, beside)
     if got.dim() == row_axes:
         result = tuple(tensor.unsqueeze(-1) for tensor in result)  # type: ignore[assignment]
     return Deviation(*result)
@@ -134,14 +139,19 @@ class Thresholds(msgspec.Struct, frozen=True):
         """Whether the signed mean is both larger than healthy kernels' and significant over the rows.
 
         Rows that are equal, as under a broadcast view, are one: only distinct means count, and eight of them.
+        Exact results that coincide (equal weights) are all rounded alike to the output's dtype: the mean must
+        therefore be as large about the rounded exact results, from which such a rounding does not stray.
         """
         rows = deviation.row_rms.isfinite()
-        means = (deviation.probable.sum(-1) / deviation.compared.sum(-1).clamp(min=1))[rows]
+        elements = deviation.compared.sum(-1).clamp(min=1)
+        means = (deviation.probable.sum(-1) / elements)[rows]
         count = len(set(means.tolist()))
         if count < 8:
             return False
         mean, spread = float(means.mean()), float(means.std())
-        return abs(mean) > self.bias and abs(mean) * math.sqrt(count) > _SIGNIFICANT * max(spread, 1e-300)
+        beside = float((deviation.beside.sum(-1) / elements)[rows].mean())
+        large = min(abs(mean), abs(beside)) > self.bias and mean * beside > 0
+        return large and abs(mean) * math.sqrt(count) > _SIGNIFICANT * max(spread, 1e-300)
 
 
 def width_bin(width: int) -> str:

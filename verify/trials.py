@@ -29,6 +29,7 @@ from attnproof.predictions import PREDICTIONS
 from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Contract
 from attnproof.properties.regimes import REGIMES
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.reports.record import CaseJudged, CaseRecord, Failure
 from attnproof.targets import Importable, KernelSource
 
@@ -39,7 +40,7 @@ Caller = Callable[[CallRequest], Outcome]
 # Every third case is called twice on the same tensors, to see whether a kernel that promises the same bits
 # gives them.
 _REPEATED = 3
-_DEFAULTS: Mapping[str, Any] = {"causal": False, "return_lse": False}
+_DEFAULTS: Mapping[str, Any] = {"causal": False, "return_lse": False, "variance": True, "power": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Subject:
     Attributes:
         name: how reports call it; target: how a worker gets hold of it.
         contract: what it promises; device: "cpu", "emulator:sm_90", "cuda", ...
+        gradients: whether a kernel without gradients is at fault (True), is not asked for any (False), or is
+            judged by those that it has (None).
         prediction: for a naive example that must be found out, the theory of ``predictions`` that says where.
     """
 
@@ -57,6 +60,18 @@ class Subject:
     contract: Contract
     device: str
     prediction: str = ""
+    gradients: bool | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients are asked for: not where the kernel declares that it has none."""
+        return self.gradients is not False and self.contract.differentiable is not False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that cases for it may have: those of its contract, and cotangents."""
+        asked = self.differentiable and "cotangents" in SIGNATURES[self.contract.family].options
+        return (*self.contract.options, "cotangents") if asked else self.contract.options
 
     @property
     def example(self) -> bool:
@@ -136,7 +151,7 @@ def judge_call(
     try:
         trial = prepare(case, subject.contract, inputs)
         outcome = call(request_for(subject, trial, repeat))
-        judgement, outputs = _judge_outcome(subject, trial, outcome)
+        judgement, outputs, trial = _judge_outcome(subject, trial, outcome)
         if isinstance(outcome, Returned) and outcome.seconds:
             seconds = outcome.seconds[0]
         expected = subject.expected(trial, judgement.verdict)
@@ -165,22 +180,25 @@ def request_for(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequ
     Keywords with a default only where the kernel lists them.
     """
     contract, family = subject.contract, trial.family
-    swap = contract.layout == "bnhd" and family.sequence
-    arguments = []
-    for name, tensor in trial.inputs.tensors.items():
-        if swap and name in family.sequence:
-            moved = tensor.transpose(1, 2)
-            tensor = moved.contiguous() if trial.case.view == "contiguous" else moved
-        arguments.append(tensor)
+    arguments = [_in_layout(subject, trial, name, x) for name, x in trial.inputs.tensors.items()]
     given = trial.inputs.options
     keywords = {key: given[key] for key in family.required}
     for key in family.options:
         if key in contract.options:
             keywords[key] = given.get(key, _DEFAULTS.get(key))
     repeat = (trial.case.seed + len(trial.case.id)) % _REPEATED == 0 if repeat is None else repeat
+    cotangents: tuple[torch.Tensor | None, ...] = ()
+    if subject.differentiable and trial.problem.differentiated and trial.inputs.cotangents:
+        given_cotangents = trial.inputs.cotangents
+        cotangents = tuple(
+            _in_layout(subject, trial, name, given_cotangents[name]) if name in given_cotangents else None
+            for name in trial.problem.outputs
+        )
     return CallRequest(
         kernel=subject.source,
         device=subject.device,
+        differentiate=trial.problem.differentiated if cotangents else (),
+        cotangents=cotangents,
         arguments=tuple(arguments),
         keywords=keywords,
         names=family.inputs,
@@ -189,10 +207,21 @@ def request_for(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequ
     )
 
 
+def _in_layout(subject: Subject, trial: Trial, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the call in the layout that the kernel declares."""
+    if subject.contract.layout != "bnhd" or name not in trial.family.sequence:
+        return tensor
+    moved = tensor.transpose(1, 2)
+    return moved.contiguous() if trial.case.view == "contiguous" and tensor.is_contiguous() else moved
+
+
 def _judge_outcome(
     subject: Subject, trial: Trial, outcome: Outcome
-) -> tuple[Judgement, dict[str, torch.Tensor]]:
-    """The judgement, and the outputs by name where they have the form that the contract asks."""
+) -> tuple[Judgement, dict[str, torch.Tensor], Trial]:
+    """The judgement, the outputs by name where they have the form that the contract asks, and the trial.
+
+    The trial that comes back knows the gradients, where there are any to judge.
+    """
     failures = [
         Failure("mutation", f"the call changed its inputs: {mutation}") for mutation in outcome.mutations
     ]
@@ -205,12 +234,17 @@ def _judge_outcome(
         outcome = outcome.ended
     if isinstance(outcome, Declined):
         failure = Failure("declined", outcome.message)
-        return Judgement("FAIL" if failures else "DECLINED", (*failures, failure)), {}
+        return Judgement("FAIL" if failures else "DECLINED", (*failures, failure)), {}, trial
     if not isinstance(outcome, Returned):
-        return _ended_badly(outcome, failures, tail), {}
+        return _ended_badly(outcome, failures, tail), {}, trial
     outputs, complaint = _outputs(subject, trial, outcome)
     if complaint:
-        return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail))), {}
+        return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail))), {}, trial
+    gradients, notice, failure = _gradients(subject, trial, outcome)
+    if failure is not None:
+        failures.append(failure)
+    if gradients:
+        trial, outputs = trial.with_gradients(), {**outputs, **gradients}
     for alias in outcome.aliases:
         if alias.shares == "memory" and outcome.outputs[alias.output].tensor.numel():
             failures.append(Failure("aliasing", f"output {alias.output} lies in memory of {alias.other}"))
@@ -220,9 +254,41 @@ def _judge_outcome(
             Failure("determinism", f"two calls on the same tensors: {words} (run {difference.run})")
         )
     judgement = trial.judge(outputs)
+    if notice:
+        judgement = replace(
+            judgement, unjudged={**judgement.unjudged, notice: len(trial.problem.differentiated)}
+        )
     if failures:
         judgement = replace(judgement, verdict="FAIL", failures=(*failures, *judgement.failures))
-    return judgement, outputs
+    return judgement, outputs, trial
+
+
+def _gradients(
+    subject: Subject, trial: Trial, outcome: Returned
+) -> tuple[dict[str, torch.Tensor], str, Failure | None]:
+    """Gradients as outputs "d" + name in layout bhnd, a notice where there are none, and what is wrong."""
+    found = outcome.gradients
+    if found is None:
+        return {}, "", None
+    missing = [name for name, gradient in found.items() if gradient is None]
+    if len(missing) == len(found):
+        notice = "no output of the kernel requires a gradient"
+        if subject.gradients:
+            words = (
+                f"{notice}, and gradients were asked for: declare differentiable=false if that is intended"
+            )
+            return {}, "", Failure("gradient", words)
+        return {}, notice, None
+    if missing:
+        words = f"no gradient reaches {', '.join(missing)}; the contract asks for one of each floating tensor"
+        return {}, "", Failure("gradient", words)
+    gradients = {}
+    for name, gradient in found.items():
+        assert gradient is not None
+        if subject.contract.layout == "bnhd" and name in trial.family.sequence:
+            gradient = gradient.transpose(1, 2)
+        gradients[f"d{name}"] = gradient
+    return gradients, "", None
 
 
 def _ended_badly(

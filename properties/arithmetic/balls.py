@@ -16,9 +16,11 @@ from attnproof.properties.arithmetic.conversion import (
     FloatArray,
     ObjectArray,
     as_objects,
+    check_axes,
     finite_float64,
     keep_mask,
     products,
+    resolved_shape,
     round_up,
     to_tensor,
 )
@@ -29,9 +31,47 @@ __all__ = ["ArbArithmetic"]
 FEWEST_BITS = 53
 LARGEST = float(np.finfo(np.float64).max)
 
+
+def _sigmoid_of_one(x: flint.arb) -> flint.arb:
+    """σ increases: a ball's image lies between those of its ends, and in [0, 1] whatever is unknown of x."""
+    if not x.is_finite():
+        return flint.arb(0.5, 0.5)
+    if not x.is_exact():
+        return _sigmoid_of_one(x.lower()).union(_sigmoid_of_one(x.upper()))
+    tail = (-abs(x)).exp()
+    return (tail if x < 0 else 1) / (1 + tail)
+
+
+def _sigmoid_slope_of_one(x: flint.arb) -> flint.arb:
+    """σ' decreases from 1/4 to 0 as |x| grows: the nearest and the farthest point from 0 enclose it."""
+    if not x.is_finite():
+        return flint.arb(0.125, 0.125)
+    if not x.is_exact():
+        return _sigmoid_slope_of_one(x.abs_lower()).union(_sigmoid_slope_of_one(x.abs_upper()))
+    tail = (-abs(x)).exp()
+    return tail / (1 + tail) ** 2
+
+
+def _relu_of_one(x: flint.arb) -> flint.arb:
+    if x <= 0:
+        return flint.arb(0)
+    return x if x > 0 else x.max(flint.arb(0))
+
+
+def _step_of_one(x: flint.arb) -> flint.arb:
+    if x > 0:
+        return flint.arb(1)
+    return flint.arb(0) if x <= 0 else flint.arb(0.5, 0.5)
+
+
 _exp = np.frompyfunc(flint.arb.exp, 1, 1)
 _log = np.frompyfunc(flint.arb.log, 1, 1)
 _tanh = np.frompyfunc(flint.arb.tanh, 1, 1)
+_sqrt = np.frompyfunc(flint.arb.sqrt, 1, 1)
+_sigmoid = np.frompyfunc(_sigmoid_of_one, 1, 1)
+_sigmoid_slope = np.frompyfunc(_sigmoid_slope_of_one, 1, 1)
+_relu = np.frompyfunc(_relu_of_one, 1, 1)
+_step = np.frompyfunc(_step_of_one, 1, 1)
 
 _TURN = threading.RLock()
 
@@ -116,6 +156,28 @@ class ArbArithmetic(Arithmetic[ObjectArray]):
 
     def tanh(self, a: ObjectArray) -> ObjectArray:
         return self._elementwise(_tanh, a)
+
+    def sigmoid(self, a: ObjectArray) -> ObjectArray:
+        return self._elementwise(_sigmoid, a)
+
+    def sigmoid_slope(self, a: ObjectArray) -> ObjectArray:
+        return self._elementwise(_sigmoid_slope, a)
+
+    def sqrt(self, a: ObjectArray) -> ObjectArray:
+        return self._elementwise(_sqrt, a)
+
+    def relu(self, a: ObjectArray) -> ObjectArray:
+        return self._elementwise(_relu, a)
+
+    def step(self, a: ObjectArray) -> ObjectArray:
+        return self._elementwise(_step, a)
+
+    def reshape(self, a: ObjectArray, shape: tuple[int, ...]) -> ObjectArray:
+        return a.reshape(resolved_shape(a.shape, shape))
+
+    def permute(self, a: ObjectArray, axes: tuple[int, ...]) -> ObjectArray:
+        check_axes(a.ndim, axes)
+        return a.transpose(axes)
 
     def masked(self, a: ObjectArray, keep: torch.Tensor, fill: float = 0.0) -> ObjectArray:
         filler = np.empty((), dtype=object)

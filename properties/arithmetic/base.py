@@ -102,6 +102,57 @@ class Arithmetic(ABC, Generic[V]):
         """Hyperbolic tangent."""
 
     @abstractmethod
+    def sigmoid(self, a: V) -> V:
+        """σ(a) = 1/(1 + e^−a), to relative accuracy also where it is tiny; for every finite a."""
+
+    @abstractmethod
+    def sigmoid_slope(self, a: V) -> V:
+        """σ'(a) = σ(a)(1 − σ(a)) = t/(1 + t)² with t = e^−|a|, to relative accuracy on both sides of 0."""
+
+    @abstractmethod
+    def sqrt(self, a: V) -> V:
+        """Square root; where a's enclosure holds a negative number nothing is known (infinite radius)."""
+
+    @abstractmethod
+    def relu(self, a: V) -> V:
+        """The larger of a and 0."""
+
+    @abstractmethod
+    def step(self, a: V) -> V:
+        """1 where a > 0 and 0 where a ≤ 0, the derivative of :meth:`relu` as PyTorch takes it.
+
+        Where a's enclosure holds positive and other numbers, 1/2 ± 1/2.
+        """
+
+    @abstractmethod
+    def reshape(self, a: V, shape: tuple[int, ...]) -> V:
+        """The elements of ``a`` in row-major order, in another shape; one axis may be −1, as in torch.
+
+        Raises:
+            ValueError: ``shape`` does not hold as many elements as ``a``.
+        """
+
+    @abstractmethod
+    def permute(self, a: V, axes: tuple[int, ...]) -> V:
+        """Axis i of the result is axis ``axes[i]`` of ``a``; negative axes count from the end.
+
+        Raises:
+            ValueError: ``axes`` does not name each axis of ``a`` once.
+        """
+
+    def store(self, a: V, kind: str) -> V:
+        """Where a kernel may store ``a`` in a declared format.
+
+        Exact arithmetics return ``a`` itself; the one that computes budgets adds a rounding.
+
+        Args:
+            a: what is stored.
+            kind: the field of ``Precision`` that declares the format ('scores', 'probabilities', 'dscores',
+                'lse', 'state' or 'output'), or 'operand' for a computed operand of a matrix product.
+        """
+        return a
+
+    @abstractmethod
     def masked(self, a: V, keep: torch.Tensor, fill: float = 0.0) -> V:
         """a where ``keep`` (bool, broadcastable to a's shape and back) holds, else exactly ``fill``."""
 

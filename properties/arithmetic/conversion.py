@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,11 +14,13 @@ __all__ = [
     "FloatArray",
     "ObjectArray",
     "as_objects",
+    "check_axes",
     "check_mask",
     "check_matmul",
     "finite_float64",
     "keep_mask",
     "products",
+    "resolved_shape",
     "round_up",
     "to_tensor",
 ]
@@ -79,6 +82,34 @@ def check_matmul(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     """
     if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
         raise ValueError(f"matmul(a, b): shapes {a} and {b} do not fit; ask (…, M, K) and (…, K, N)")
+
+
+def check_axes(count: int, axes: tuple[int, ...]) -> None:
+    """Accept the axes of ``permute`` for a value of ``count`` axes.
+
+    Raises:
+        ValueError: ``axes`` does not name each axis once.
+    """
+    if sorted(axis + count if axis < 0 else axis for axis in axes) != list(range(count)):
+        raise ValueError(f"permute(a, axes): axes is {axes}; name each of the {count} axes of a once")
+
+
+def resolved_shape(found: tuple[int, ...], asked: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that ``reshape`` gives a value of shape ``found``: ``asked``, its one −1 replaced.
+
+    Raises:
+        ValueError: no such shape holds as many elements as ``found``, or −1 could stand for anything.
+    """
+    count = math.prod(found)
+    others = math.prod(length for length in asked if length != -1)
+    unknown = count // others if others else -1
+    shape = tuple(unknown if length == -1 else length for length in asked)
+    if asked.count(-1) > 1 or any(length < 0 for length in shape) or math.prod(shape) != count:
+        raise ValueError(
+            f"reshape(a, shape): shape is {asked}, a's is {found}; ask a shape of {count} elements, "
+            "in which −1 stands at most once and only beside lengths above 0"
+        )
+    return shape
 
 
 def keep_mask(keep: torch.Tensor) -> npt.NDArray[np.bool_]:

@@ -18,7 +18,13 @@ import numpy as np
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure
-from attnproof.properties.arithmetic.conversion import check_mask, check_matmul, finite_float64
+from attnproof.properties.arithmetic.conversion import (
+    check_axes,
+    check_mask,
+    check_matmul,
+    finite_float64,
+    resolved_shape,
+)
 
 __all__ = ["Ball", "EnclosureArithmetic"]
 
@@ -29,9 +35,9 @@ EPSILON = 2.0**-52
 TINY = 2.0**-1074
 SMALLEST_NORMAL = 2.0**-1022
 LARGEST = float(torch.finfo(torch.float64).max)
-# Error allowed to torch's float64 exp, expm1, log and tanh, in ulps: 0.75 was the largest of 2.5 million
-# samples, drawn as in tests/properties/arithmetic/test_elementary_functions.py. Two ulps of a normal number v
-# are ≤ 2·2^-52·|v|.
+# Error allowed to torch's float64 exp, expm1, log, sqrt and tanh, in ulps: 0.75 was the largest of 2.5
+# million samples, drawn as in tests/properties/arithmetic/test_elementary_functions.py. Two ulps of a normal
+# number v are ≤ 2·2^-52·|v|.
 ELEMENTARY_ULPS = 2
 ELEMENTARY = ELEMENTARY_ULPS * EPSILON
 
@@ -214,6 +220,82 @@ class EnclosureArithmetic(Arithmetic[Ball]):
             radius.add_(a.radius.clamp(max=2.0))
         return Ball(value, radius.mul_(SLACK).add_(4 * TINY))
 
+    def sigmoid(self, a: Ball) -> Ball:
+        """σ(a) = 1/(1 + t) or t/(1 + t), t = e^−|a|, whose errors add up to σ(a)·(2u + 4u·(1 − σ(a))).
+
+        The error of t, ≤ 4u·t, carries on by |d log σ / d log t| = 1 − σ; the sum and the quotient add u
+        each. For A within r of a, with m = min(σ(a), 1 − σ(a)) = t/(1 + t) and w = e^r − 1, |σ(A) − σ(a)| is
+        at most σ(r − |a|) − σ(−|a|) = (1 − m)·mw/(1 + mw).
+        """
+        tail, floor = _tail(a.value)
+        smaller = tail / (1.0 + tail)
+        larger = 1.0 / (1.0 + tail)
+        negative = a.value < 0
+        value = torch.where(negative, smaller, larger)
+        radius = (smaller * larger).mul_(ELEMENTARY).add_(value, alpha=EPSILON)
+        if a.radius is not None:
+            # Above 2^1000 the fraction is 1 in float64, and at infinity it would be a NaN.
+            growth = (smaller + floor).mul_(torch.expm1(a.radius)).clamp_(max=2.0**1000)
+            radius.add_(growth.div_(1.0 + growth).mul_(larger))
+        return Ball(value, radius.mul_(_slack(16)).add_(floor))
+
+    def sigmoid_slope(self, a: Ball) -> Ball:
+        """σ'(a) = t/(1 + t)², t = e^−|a|, within 8u: four of t, two of 1 + t, two of the quotients.
+
+        |σ''(x)| = σ'(x)·tanh(|x|/2), where σ' grows at most as e^|x − a| and tanh(|x|/2) at most by |x − a|/2
+        and to 1, so that |σ'(A) − σ'(a)| ≤ σ'(a)·(e^r − 1)·min(tanh(|a|/2) + r/2, 1); it is also at most
+        max |σ''|·r, with max |σ''| = 1/(6√3) < 0.0963, and at most 1/4.
+        """
+        tail, floor = _tail(a.value)
+        below = 1.0 + tail
+        value = (tail / below).div_(below)
+        radius = value * (2 * ELEMENTARY)
+        if a.radius is not None:
+            steepness = (1.0 - tail).div_(below).add_(ELEMENTARY).add_(a.radius, alpha=0.5).clamp_(max=1.0)
+            carried = (value + floor).mul_(torch.expm1(a.radius)).mul_(steepness)
+            radius.add_(torch.minimum(carried, a.radius * 0.0963).clamp_(max=0.25))
+        return Ball(value, radius.mul_(_slack(16)).add_(floor))
+
+    def sqrt(self, a: Ball) -> Ball:
+        """The square root; |√A − √a| = |A − a|/(√A + √a) ≤ r/(√(a − r) + √a).
+
+        torch may take its roots from a vector library that does not round correctly: 0.53 ulp measured.
+        """
+        value = torch.sqrt(a.value)
+        radius = value * (ELEMENTARY * SLACK)
+        if a.radius is None:
+            return _settled(value, torch.where(a.value >= 0, radius, math.inf), check_value=True)
+        lower = a.value - a.radius
+        # The divisor is 0 only where r is.
+        radius.add_(a.radius / torch.sqrt(lower).add_(value).clamp_(min=TINY)).mul_(SLACK).add_(4 * TINY)
+        return _settled(value, torch.where(lower >= 0, radius, math.inf), check_value=True)
+
+    def relu(self, a: Ball) -> Ball:
+        """max(a, 0), which moves no further than a; from a ≤ 0 no further than max(a + r, 0)."""
+        value = a.value.clamp(min=0.0)
+        if a.radius is None:
+            return Ball(value)
+        above = (a.value + a.radius).clamp_(min=0.0).mul_(SLACK)
+        return Ball(value, torch.where(a.value > 0, a.radius, above))
+
+    def step(self, a: Ball) -> Ball:
+        """1, 0, or 1/2 ± 1/2 by comparisons of a with r, which are exact."""
+        above = (a.value > 0).to(torch.float64)
+        if a.radius is None:
+            return Ball(above)
+        undecided = (a.value > -a.radius) & (a.value <= a.radius)
+        if not bool(undecided.any()):
+            return Ball(above)
+        return Ball(above.masked_fill_(undecided, 0.5), undecided.to(torch.float64).mul_(0.5))
+
+    def reshape(self, a: Ball, shape: tuple[int, ...]) -> Ball:
+        shape = resolved_shape(tuple(a.value.shape), shape)
+        return Ball(a.value.reshape(shape), None if a.radius is None else a.radius.reshape(shape))
+
+    def permute(self, a: Ball, axes: tuple[int, ...]) -> Ball:
+        check_axes(a.value.dim(), axes)
+        return Ball(a.value.permute(axes), None if a.radius is None else a.radius.permute(axes))
+
     def masked(self, a: Ball, keep: torch.Tensor, fill: float = 0.0) -> Ball:
         check_mask(keep)
         shape = tuple(a.value.shape)
@@ -227,6 +309,17 @@ class EnclosureArithmetic(Arithmetic[Ball]):
 
     def enclosure(self, a: Ball) -> Enclosure:
         return Enclosure(a.value, torch.zeros_like(a.value) if a.radius is None else a.radius)
+
+
+def _tail(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """t = e^−|value| and a bound of what underflow adds to the error of a formula in t.
+
+    Where the computed t exceeds two smallest normal numbers the exact one is normal, and t errs by
+    ELEMENTARY·t; elsewhere it may have been flushed to 0.
+    """
+    tail = torch.exp(-value.abs())
+    floor = torch.full_like(tail, 8 * TINY).masked_fill_(tail <= 2 * SMALLEST_NORMAL, 4 * SMALLEST_NORMAL)
+    return tail, floor
 
 
 def _sum_of_two(a: Ball, b: Ball, value: torch.Tensor) -> Ball:

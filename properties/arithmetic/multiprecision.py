@@ -14,9 +14,11 @@ from attnproof.properties.arithmetic.conversion import (
     FloatArray,
     ObjectArray,
     as_objects,
+    check_axes,
     finite_float64,
     keep_mask,
     products,
+    resolved_shape,
     round_up,
     to_tensor,
 )
@@ -61,6 +63,11 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
         self._exp = np.frompyfunc(self.context.exp, 1, 1)
         self._tanh = np.frompyfunc(self.context.tanh, 1, 1)
         self._log = np.frompyfunc(self._log_of_one, 1, 1)
+        self._sigmoid = np.frompyfunc(self._sigmoid_of_one, 1, 1)
+        self._sigmoid_slope = np.frompyfunc(self._sigmoid_slope_of_one, 1, 1)
+        self._sqrt = np.frompyfunc(self._sqrt_of_one, 1, 1)
+        self._relu = np.frompyfunc(self._relu_of_one, 1, 1)
+        self._step = np.frompyfunc(self._step_of_one, 1, 1)
         self._div = np.frompyfunc(self._quotient_of_two, 2, 1)
 
     def __repr__(self) -> str:
@@ -109,6 +116,28 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
 
     def tanh(self, a: ObjectArray) -> ObjectArray:
         return np.asarray(self._tanh(a), dtype=object)
+
+    def sigmoid(self, a: ObjectArray) -> ObjectArray:
+        return np.asarray(self._sigmoid(a), dtype=object)
+
+    def sigmoid_slope(self, a: ObjectArray) -> ObjectArray:
+        return np.asarray(self._sigmoid_slope(a), dtype=object)
+
+    def sqrt(self, a: ObjectArray) -> ObjectArray:
+        return np.asarray(self._sqrt(a), dtype=object)
+
+    def relu(self, a: ObjectArray) -> ObjectArray:
+        return np.asarray(self._relu(a), dtype=object)
+
+    def step(self, a: ObjectArray) -> ObjectArray:
+        return np.asarray(self._step(a), dtype=object)
+
+    def reshape(self, a: ObjectArray, shape: tuple[int, ...]) -> ObjectArray:
+        return a.reshape(resolved_shape(a.shape, shape))
+
+    def permute(self, a: ObjectArray, axes: tuple[int, ...]) -> ObjectArray:
+        check_axes(a.ndim, axes)
+        return a.transpose(axes)
 
     def masked(self, a: ObjectArray, keep: torch.Tensor, fill: float = 0.0) -> ObjectArray:
         filler = np.empty((), dtype=object)
@@ -162,3 +191,22 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
 
     def _log_of_one(self, a: Any) -> Any:
         return self.context.log(a) if a > 0 else self._nan
+
+    def _sqrt_of_one(self, a: Any) -> Any:
+        return self.context.sqrt(a) if a >= 0 else self._nan
+
+    def _sigmoid_of_one(self, a: Any) -> Any:
+        tail = self.context.exp(-abs(a))
+        return (tail if a < 0 else 1) / (1 + tail)
+
+    def _sigmoid_slope_of_one(self, a: Any) -> Any:
+        tail = self.context.exp(-abs(a))
+        return tail / (1 + tail) ** 2
+
+    def _relu_of_one(self, a: Any) -> Any:
+        return self.context.zero if a <= 0 else a
+
+    def _step_of_one(self, a: Any) -> Any:
+        if self.context.isnan(a):
+            return a
+        return self.context.one if a > 0 else self.context.zero

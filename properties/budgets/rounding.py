@@ -8,6 +8,7 @@ Blanchard, Higham & Higham 2021, tables 1 and 2. γ_n = n·u / (1 − n·u) boun
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,7 @@ class Roundings:
             results are subnormal, or are flushed.
         largest: largest number of the accumulation; scores_largest: of stored scores.
         truncated: accumulation truncates, so that its errors have one sign and grow with n.
+        formats: (u, η, largest number) by the name of what is stored.
         operand_lean: how much smaller than themselves operands may be on average, where a format is declared
             to which hardware may truncate them.
     """
@@ -101,6 +103,14 @@ class Roundings:
     scores_largest: float
     truncated: bool
     operand_lean: float
+    formats: Mapping[str, tuple[float, float, float]]
+
+    def storage(self, kind: str) -> tuple[float, float, float]:
+        """(unit roundoff, half the smallest subnormal number, largest number) of where ``kind`` is stored.
+
+        ``kind`` is a storage field of Precision, or "operand" for a computed matmul operand.
+        """
+        return self.formats[kind]
 
     @classmethod
     def of(cls, contract: Contract, dtype: str, output_dtype: str | None = None) -> Roundings:
@@ -118,6 +128,7 @@ class Roundings:
         accumulated = "float32" if accumulate == "truncated" else accumulate
         wide = "float64" if dtype == "float64" else "float32"
         elementwise = _UNIT[wide]
+        storage |= {name: str(getattr(precision, name)) for name in ("dscores", "state")}
         narrower = _UNIT[operand] > _UNIT[dtype]
         tiny = _NORMAL if contract.flush_subnormals else _SUBNORMAL
         return cls(
@@ -141,6 +152,14 @@ class Roundings:
             scores_largest=min(LARGEST[storage["scores"]], LARGEST[accumulated]),
             truncated=accumulate == "truncated",
             operand_lean=_TRUNCATED_MEAN * _UNIT["tf32"] if operand == "tf32" and narrower else 0.0,
+            formats={
+                **{name: (_UNIT[form], tiny[form], LARGEST[form]) for name, form in storage.items()},
+                "operand": (
+                    _UNIT[operand],
+                    0.0 if operand == "ieee" else tiny[operand],
+                    LARGEST[wide if operand == "ieee" else operand],
+                ),
+            },
         )
 
 

@@ -34,9 +34,10 @@ from attnproof.properties.budgets.rows import (
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
+    from attnproof.properties.budgets.propagation import Estimate
     from attnproof.properties.families.softmax import SoftmaxProblem
 
-__all__ = ["attention_budgets"]
+__all__ = ["PROBES", "Weighing", "attention_budgets", "query_rounding", "weighing"]
 
 _LARGEST_SQUARE = 1e300
 # Slack for the float64 evaluation of the budget itself; its own relative error is below 1e-9 for N ≤ 65,536.
@@ -46,7 +47,7 @@ _SLACK = 1.0 + 1e-6
 _LEAN = 2.5
 # Random signs with which the response to rounded operands is sampled: the estimated standard deviation is
 # itself accurate to 1/√(2·probes), 18 %.
-_PROBES = 16
+PROBES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +73,17 @@ class _Logits:
 
 
 def _logits(problem: SoftmaxProblem) -> _Logits:
-    q, k = problem.q.double(), problem.keys().double()
+    q, k = problem.queries().double(), problem.keys().double()
     kt = k.transpose(-1, -2)
     product = q @ kt
     scaled = product * problem.scale
     capped = scaled
     if problem.softcap is not None:
         capped = problem.softcap * torch.tanh(scaled / problem.softcap)
-    bias = torch.zeros(()) if problem.bias is None else problem.bias.double()
+    bias, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for addend in (problem.bias, problem.alibi):
+        if addend is not None:
+            bias, size = bias + addend.double(), size + addend.double().abs()
     return _Logits(
         q=q,
         k=k,
@@ -90,21 +94,39 @@ def _logits(problem: SoftmaxProblem) -> _Logits:
         scaled=scaled,
         capped=capped,
         biased=capped + bias,
-        bias=bias.abs(),
+        bias=size,
     )
 
 
-def attention_budgets(
-    problem: SoftmaxProblem, reference: Mapping[str, Enclosure], contract: Contract
-) -> dict[str, Budget]:
-    """Certain and probable budgets of o and lse for a kernel under ``contract``; shapes as the outputs."""
-    dtype = dtype_name(problem.q.dtype)
-    r = Roundings.of(contract, dtype)
+@dataclass(frozen=True, eq=False)
+class Weighing:
+    """What a kernel's roundings make of the weights: the part of a budget that all outputs share.
+
+    Attributes:
+        logits: scores and their magnitudes.
+        row: exact weights, a sink last where there is one; v: (B, H, N, E), with a row of 0 for the sink.
+        certain: bound on the errors of the logits, (B, H, M, N); variance: of a healthy kernel's.
+        exact: (B, H, M, 1), rows whose logits come out exactly.
+    """
+
+    logits: _Logits
+    row: Row
+    v: torch.Tensor
+    certain: torch.Tensor
+    variance: torch.Tensor
+    exact: torch.Tensor
+
+
+def weighing(problem: SoftmaxProblem, r: Roundings) -> Weighing:
+    """The weights of a problem and their errors in a kernel with roundings ``r``."""
     logits = _logits(problem)
     x = logits.biased.masked_fill(~problem.seen, -torch.inf)
     v = problem.values().double()
     certain_e = _certain_logit_errors(problem, logits, r)
     variance_e = _logit_variances(problem, logits, r)
+    computed = problem.computed(r)
+    if computed is not None:
+        certain_e, variance_e = _with_operand_errors(problem, logits, computed, certain_e, variance_e)
     if problem.sinks is not None and problem.sink_present is not None:
         x, v, certain_e, variance_e = _with_sink(problem, x, v, certain_e, variance_e, r)
     elif not x.shape[-1]:
@@ -118,16 +140,41 @@ def attention_budgets(
     exact, exact_e = _exact_rows(problem, row, v, r, certain_e)
     certain_e = torch.where(exact, exact_e, certain_e)
     variance_e = variance_e + ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2) / 3.0
+    return Weighing(logits, row, v, certain_e, variance_e, exact)
+
+
+def _with_operand_errors(
+    problem: SoftmaxProblem,
+    t: _Logits,
+    computed: tuple[Estimate, Estimate, Estimate],
+    certain_e: torch.Tensor,
+    variance_e: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logit errors with those of q and k that a kernel computes itself before the scores."""
+    q, k, _ = computed
+    kt = t.k.transpose(-1, -2)
+    certain = q.bound @ (kt.abs() + k.bound.mT) + t.q.abs() @ k.bound.mT
+    variance = q.spread @ kt.square() + t.q.square() @ k.spread.mT
+    return certain_e + abs(problem.scale) * certain, variance_e + problem.scale**2 * variance
+
+
+def attention_budgets(
+    problem: SoftmaxProblem, reference: Mapping[str, Enclosure], contract: Contract
+) -> dict[str, Budget]:
+    """Certain and probable budgets of o and lse for a kernel under ``contract``; shapes as the outputs."""
+    dtype = dtype_name(problem.dtype)
+    r = Roundings.of(contract, dtype)
+    w = weighing(problem, r)
     budgets = {
         "o": _output_budget(
-            problem, reference["o"], contract, r, row, v, certain_e, variance_e, logits, exact
+            problem, reference["o"], contract, r, w.row, w.v, w.certain, w.variance, w.logits, w.exact
         )
     }
     if "lse" in reference:
         wide = str(contract.precision.resolved(dtype).lse)
         r_lse = Roundings.of(contract, dtype, output_dtype=wide)
         budgets["lse"] = _lse_budget(
-            problem, reference["lse"], contract, r_lse, row, certain_e, variance_e, logits
+            problem, reference["lse"], contract, r_lse, w.row, w.certain, w.variance, w.logits
         )
     return budgets
 
@@ -150,7 +197,7 @@ def _certain_logit_errors(problem: SoftmaxProblem, t: _Logits, r: Roundings) -> 
         # tanh through an exponential: 1-Lipschitz in its argument, an absolute error of a few u of its own.
         tanh = problem.softcap * (r.exp + 8.0 * r.elementwise)
         error = error + tanh + (2.0 * r.elementwise + r.scores) * t.capped.abs()
-    if problem.bias is not None:
+    if problem.bias is not None or problem.alibi is not None:
         error = error + 3.0 * r.elementwise * (t.bias + t.biased.abs())
     return error + 2.0 * r.scores * t.biased.abs() + 4.0 * r.scores_tiny * (1.0 + scale)
 
@@ -213,7 +260,7 @@ def _exact_rows(
     """
     if row.x.shape[-1] != problem.seen.shape[-1] or not problem.seen.shape[-1]:
         return torch.zeros_like(row.count, dtype=torch.bool), torch.zeros_like(row.x)
-    q, kt = problem.q.double(), problem.keys().double().transpose(-1, -2)
+    q, kt = problem.queries().double(), problem.keys().double().transpose(-1, -2)
     terms = (q != 0).double() @ (kt != 0).double()
     # Two opposite products cancel in any order; more may leave the rounding of a partial sum.
     lost = growth(terms, r.accumulate) * abs(problem.scale) * (q.abs() @ kt.abs())
@@ -223,7 +270,7 @@ def _exact_rows(
     exact = (zero | vanishing).all(-1, keepdim=True) & (row.largest == 0) & (row.count > 0) & grid
     # Products of half-precision numbers are exact in float32, so that two opposite ones cancel. Of wider ones
     # a residual is left where one product is rounded and the other fused into the addition.
-    harmless = 2.0 if problem.q.dtype.itemsize == 2 else 0.0
+    harmless = 2.0 if problem.dtype.itemsize == 2 else 0.0
     return exact, torch.where(zero & (terms > harmless), lost, 0.0)
 
 
@@ -287,6 +334,12 @@ def _output_budget(
     # A normaliser that sums P as stored shares its rounding, which then is one more error of the logits.
     shared = torch.where(row.x > -torch.inf, -torch.log1p(-weights.clamp(max=0.5)), 0.0)
     before = torch.maximum(before, undivided(certain_e + shared, relative))
+    computed = problem.computed(r)
+    if computed is not None:
+        # Values that a kernel computes itself err by their own bounds, under perturbed weights.
+        errors = computed[2].bound
+        mean = row.p @ errors
+        before = before + (mean + Spread.of(row, errors, mean).shift(certain_e)) * (1.0 + relative + weights)
     scaled = o.abs() + before
     before = before + torch.where(scaled == 0, 0.0, normaliser * scaled)
     certain = (before * (1.0 + r.output) + r.output * o.abs() + r.output_tiny) * _SLACK
@@ -335,6 +388,9 @@ def _probable_output(
         # Values that are subnormal in the operands' format are rounded to its smallest spacing.
         variance = variance + r.operand_tiny**2 / 3.0 * p.square().sum(-1, keepdim=True)
     variance = variance + r.probabilities_tiny**2 * v.square().sum(-2, keepdim=True) / 3.0
+    computed = problem.computed(r)
+    if computed is not None:
+        variance = variance + p.square() @ computed[2].spread
     if r.truncated:
         variance = variance + (2.0**-23 * n / 2.0 * (p @ v.abs())).square()
     else:
@@ -346,7 +402,7 @@ def _probable_output(
     return (variance + n * r.accumulate_tiny**2 / 3.0).sqrt()
 
 
-def _query_rounding(problem: SoftmaxProblem, r: Roundings, q: torch.Tensor) -> torch.Tensor:
+def query_rounding(problem: SoftmaxProblem, r: Roundings, q: torch.Tensor) -> torch.Tensor:
     """Standard deviation of the rounding of each element of scale·q, (B, H, M, D); absolute if subnormal."""
     relative = max(r.operand, r.input) * math.sqrt(MEAN_SQUARE) * abs(problem.scale) * q.abs()
     return torch.maximum(relative, torch.where(q == 0, 0.0, r.operand_tiny / math.sqrt(3.0)))
@@ -362,13 +418,13 @@ def _operand_response(
     generator = torch.Generator().manual_seed(0)
     extra = row.p.shape[-1] - logits.product.shape[-1]
     total = torch.zeros_like(o)
-    sigma = _query_rounding(problem, r, logits.q)
-    for _ in range(_PROBES):
+    sigma = query_rounding(problem, r, logits.q)
+    for _ in range(PROBES):
         signs = torch.randint(0, 2, (logits.q.shape[-1],), generator=generator).double() * 2.0 - 1.0
         t = (sigma * signs) @ logits.k.transpose(-1, -2)
         weighted = row.p * torch.nn.functional.pad(t, (0, extra)) if extra else row.p * t
         total += (weighted @ v - weighted.sum(-1, keepdim=True) * o).square()
-    return total / _PROBES
+    return total / PROBES
 
 
 def _coincidence(row: Row, unit: float) -> torch.Tensor:
@@ -412,7 +468,7 @@ def _lse_budget(
     variance = (p2 * variance_e).sum(-1) + n / 3.0 * MEAN_SQUARE * r.accumulate**2
     if max(r.operand, r.input) > 2.0**-20 and logits.k.shape[-2]:
         p = row.p[..., : logits.k.shape[-2]]
-        sigma = _query_rounding(problem, r, logits.q)
+        sigma = query_rounding(problem, r, logits.q)
         variance = variance + ((p @ logits.k) * sigma).square().sum(-1)
     stretch = (row.p * torch.where(row.p > 0, row.x, 0.0)).sum(-1)
     variance = variance + (2.0 * r.elementwise * stretch).square() / 3.0
@@ -455,7 +511,7 @@ def _limits(
     literal = {}
     if asked != "undefined":
         literal = {ASKED[asked]: keyless & ~open_rows & ~leaking}
-    stored = problem.q.dtype if output == "o" else None
+    stored = problem.dtype if output == "o" else None
     largest_value = float(problem.v.abs().max()) if problem.v.numel() else 0.0
     largest = LARGEST[dtype_name(stored)] if stored is not None else r.largest
     overflow = exact.abs() - certain > largest
@@ -493,7 +549,7 @@ def _may_overflow(
         return torch.zeros(problem.row_shape, dtype=torch.bool)
     log2e = 1.0 / math.log(2.0)
     scores = torch.maximum(logits.scaled.abs(), logits.biased.abs()) * log2e
-    if problem.bias is not None:
+    if problem.bias is not None or problem.alibi is not None:
         scores = torch.maximum(scores, logits.bias * log2e)
     if problem.sinks is not None:
         scores = torch.maximum(scores, problem.sinks.double().abs().reshape(1, -1, 1, 1) * log2e)

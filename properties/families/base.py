@@ -11,6 +11,9 @@ import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.budgets.base import Budget, broadcast_mask, dtype_name
+from attnproof.properties.budgets.propagation import Estimate, Propagation
+from attnproof.properties.budgets.rounding import Roundings
+from attnproof.properties.budgets.stored import stored_budget
 from attnproof.properties.contract import Contract, ContractError
 
 __all__ = ["Budget", "Family", "Problem", "Reference", "broadcast_mask", "dtype_name"]
@@ -31,10 +34,49 @@ class Problem(ABC):
         outputs: names of the outputs, in the order in which the call returns them.
         row_shape: the leading axes over which outputs are independent ("rows"), shared by all outputs.
         contract: declarations that change the definition (alignment, values of empty rows).
+        differentiated: names of the inputs that have a gradient, in the order of the call; () for none.
+        dtype: of the call's tensors.
     """
 
     outputs: tuple[str, ...]
     row_shape: tuple[int, ...]
+    differentiated: tuple[str, ...] = ()
+    dtype: torch.dtype
+
+    def row_axes(self, output: str) -> int:
+        """How many leading axes of an output index rows."""
+        return len(self.row_shape)
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether some input is NaN or infinite (−inf masks apart), so that no gradient is judged."""
+        return bool(self.undetermined().any())
+
+    def input_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a differentiated input, as it was given."""
+        raise NotImplementedError(name)
+
+    def differentiate(
+        self, arithmetic: Arithmetic[V], cotangents: Mapping[str, torch.Tensor]
+    ) -> dict[str, V]:
+        """The gradients of Σ outputs·cotangents by the inputs, "d" + name, by closed formulas.
+
+        ``cotangents`` has a finite tensor of the output's shape for some or all outputs.
+        """
+        raise NotImplementedError
+
+    def gradient_estimates(
+        self,
+        reference: Mapping[str, Enclosure],
+        contract: Contract,
+        cotangents: Mapping[str, torch.Tensor],
+    ) -> dict[str, Estimate]:
+        """What the roundings of a kernel under ``contract`` make of each gradient, before it is stored.
+
+        By default the formulas of :meth:`differentiate` over the arithmetic of budgets.
+        """
+        arithmetic = Propagation(Roundings.of(contract, dtype_name(self.dtype)))
+        return self.differentiate(arithmetic, cotangents)
 
     @abstractmethod
     def shape(self, output: str) -> tuple[int, ...]:
@@ -70,9 +112,21 @@ class Problem(ABC):
         Σ p|v| for attention, |y| + 1 for a log-sum-exp, the value itself for a probability.
         """
 
-    @abstractmethod
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
-        """Budgets of every output for a kernel under ``contract``; the inputs' dtype is the problem's."""
+        """Budgets of every output for a kernel under ``contract``; the inputs' dtype is the problem's.
+
+        By default the formulas of :meth:`evaluate` over the arithmetic of budgets, stored once.
+        """
+        dtype = dtype_name(self.dtype)
+        arithmetic = Propagation(Roundings.of(contract, dtype))
+        found = self.evaluate(arithmetic)
+        budgets = {}
+        for name in self.outputs:
+            shape = self.shape(name)
+            estimate = arithmetic.reshape(found[name], shape)
+            closed = broadcast_mask(self.undetermined(), shape)
+            budgets[name] = stored_budget(estimate, reference[name].value, contract, dtype, closed)
+        return budgets
 
     @abstractmethod
     def vacuity(self, reference: Mapping[str, Enclosure], budgets: Mapping[str, Budget]) -> list[str]:

@@ -9,7 +9,6 @@ options.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +18,26 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.budgets.base import EXP_OVERFLOW, EXP_UNDERFLOW
+from attnproof.properties.budgets.propagation import Estimate
+from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.budgets.softmax import attention_budgets
+from attnproof.properties.budgets.softmax_gradients import attention_gradient_estimates
 from attnproof.properties.contract import Contract, ContractError
-from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask, dtype_name
+from attnproof.properties.families.arguments import (
+    checked_alibi_slopes,
+    checked_bias,
+    checked_cu_seqlens,
+    checked_sinks,
+    checked_tensors,
+    checked_window,
+    finite,
+    number,
+)
+from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
+from attnproof.properties.families.gradients import heads_together, reduced
+from attnproof.properties.families.visibility import visible
 
-__all__ = ["SOFTMAX", "SoftmaxProblem", "visible"]
+__all__ = ["SOFTMAX", "SoftmaxProblem"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +47,8 @@ class SoftmaxProblem(Problem):
     Attributes:
         q: (B, H, M, D); k: (B, G, N, D); v: (B, G, N, E); non-finite entries replaced by 0.
         seen: bool (B, H, M, N), whether query i sees key j.
-        bias: (B, H, M, N), or None; −inf entries are unseen and hold 0 here.
+        bias: (B, H, M, N), or None; −inf entries are unseen and hold 0 here; bias_shape as it was given.
+        alibi: float64 (1, H, M, N), −slope·|i + N − M − j|, or None.
         sinks: (H,) or None; a sink of −inf is absent from ``sink_present`` (bool, (H,)).
         poisoned: bool (B, H, M), rows that see a non-finite input.
         tainted: bool (B, H), heads in which some key or value is non-finite, seen or not.
@@ -46,17 +61,39 @@ class SoftmaxProblem(Problem):
     scale: float
     softcap: float | None
     bias: torch.Tensor | None
+    alibi: torch.Tensor | None
     sinks: torch.Tensor | None
     sink_present: torch.Tensor | None
     poisoned: torch.Tensor
     tainted: torch.Tensor
     masked: bool
+    bias_shape: tuple[int, ...] = ()
     outputs: tuple[str, ...] = ("o",)
 
     @property
     def row_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """(B, H, M)."""
         return tuple(self.q.shape[:3])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the call's tensors."""
+        return self.q.dtype
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:  # type: ignore[override]
+        """q, k, v, and bias and sinks where they are given."""
+        given = [name for name in ("bias", "sinks") if getattr(self, name) is not None]
+        return ("q", "k", "v", *given)
+
+    def input_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a differentiated input, as it was given."""
+        return self.bias_shape if name == "bias" else tuple(getattr(self, name).shape)
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether an input is NaN or infinite, seen or not."""
+        return bool(self.poisoned.any() | self.tainted.any())
 
     @property
     def group(self) -> int:
@@ -67,6 +104,10 @@ class SoftmaxProblem(Problem):
         """(B, H, M, E) for "o", (B, H, M) for "lse"."""
         return (*self.row_shape, self.v.shape[3]) if output == "o" else self.row_shape
 
+    def queries(self) -> torch.Tensor:
+        """q, (B, H, M, D)."""
+        return self.q
+
     def keys(self) -> torch.Tensor:
         """k with one entry for each query head, (B, H, N, D)."""
         return self.k.repeat_interleave(self.group, 1)
@@ -75,21 +116,52 @@ class SoftmaxProblem(Problem):
         """v with one entry for each query head, (B, H, N, E)."""
         return self.v.repeat_interleave(self.group, 1)
 
+    def operands(self, arithmetic: Arithmetic[V]) -> tuple[V, V, V]:
+        """q (B, H, M, D), k (B, H, N, D) and v (B, H, N, E), as the matrix products take them."""
+        a = arithmetic
+        return a.exact(self.q), a.exact(self.keys()), a.exact(self.values())
+
+    def computed(self, r: Roundings) -> tuple[Estimate, Estimate, Estimate] | None:
+        """Errors of q, k and v where a kernel computes them itself before the scores; here it does not."""
+        return None
+
     def scores(self, arithmetic: Arithmetic[V]) -> V:
         """s, (B, H, M, N), of all pairs, seen or not."""
-        a = arithmetic
-        s = a.scaled(a.matmul(a.exact(self.q), a.transpose(a.exact(self.keys()))), self.scale)
+        q, k, _ = self.operands(arithmetic)
+        return self._scores(arithmetic, q, k)[0]
+
+    def _scores(self, a: Arithmetic[V], q: V, k: V) -> tuple[V, V | None]:
+        """s, and tanh(scale q·k / softcap) where there is a soft cap."""
+        s = a.scaled(a.matmul(a.store(q, "operand"), a.transpose(a.store(k, "operand"))), self.scale)
+        tanh = None
         if self.softcap is not None:
             cap = a.exact(torch.tensor(self.softcap, dtype=torch.float64))
-            s = a.mul(cap, a.tanh(a.div(s, cap)))
-        if self.bias is not None:
-            s = a.add(s, a.exact(self.bias))
-        return s
+            tanh = a.tanh(a.div(s, cap))
+            s = a.mul(cap, tanh)
+        for addend in (self.bias, self.alibi):
+            if addend is not None:
+                s = a.add(s, a.exact(addend))
+        return a.store(s, "scores"), tanh
+
+    def capped(self, arithmetic: Arithmetic[V], q: V, k: V) -> V | None:
+        """tanh(scale q·k / softcap), (B, H, M, N), where there is a soft cap."""
+        return None if self.softcap is None else self._scores(arithmetic, q, k)[1]
 
     def evaluate(self, arithmetic: Arithmetic[V], gauges: bool = False) -> dict[str, V]:
         """o (B, H, M, E), and lse (B, H, M, 1) if asked for; 0 for a row whose normaliser is empty."""
         a = arithmetic
-        s = self.scores(a)
+        q, k, v = self.operands(a)
+        w, total, m, empty, _ = self._weights(a, self._scores(a, q, k)[0])
+        result = {"o": a.div(a.matmul(w, v), total)}
+        if gauges:
+            size = a.exact(a.midpoint(v).abs())
+            result["gauge:o"] = a.div(a.matmul(w, size), total)
+        if "lse" in self.outputs:
+            result["lse"] = a.masked(a.add(m, a.log(total)), ~empty)
+        return result
+
+    def _weights(self, a: Arithmetic[V], s: V) -> tuple[V, V, V, torch.Tensor, V | None]:
+        """Weights e^{s − m} (B, H, M, N), their sum, m, which sums are empty, and the sink's weight."""
         shift = self._shift(a.midpoint(s))
         m = a.exact(shift)
         if bool(self.seen.all()):
@@ -98,19 +170,66 @@ class SoftmaxProblem(Problem):
             w = a.masked(a.exp(a.masked(a.sub(s, m), self.seen)), self.seen)
         total = a.sum(w)
         empty = ~self.seen.any(-1, keepdim=True)
+        sunk: V | None = None
         if self.sinks is not None and self.sink_present is not None:
             present = self.sink_present.reshape(1, -1, 1, 1).expand(empty.shape)
             sink = a.sub(a.exact(self.sinks.reshape(1, -1, 1, 1).expand(empty.shape)), m)
-            total = a.add(total, a.masked(a.exp(a.masked(sink, present)), present))
+            sunk = a.masked(a.exp(a.masked(sink, present)), present)
+            total = a.add(total, sunk)
             empty = empty & ~present
         total = a.masked(total, ~empty, fill=1.0)
-        v = self.values()
-        result = {"o": a.div(a.matmul(w, a.exact(v)), total)}
-        if gauges:
-            result["gauge:o"] = a.div(a.matmul(w, a.exact(v.abs())), total)
-        if "lse" in self.outputs:
-            result["lse"] = a.masked(a.add(m, a.log(total)), ~empty)
+        return w, total, m, empty, sunk
+
+    def differentiate(
+        self, arithmetic: Arithmetic[V], cotangents: Mapping[str, torch.Tensor]
+    ) -> dict[str, V]:
+        """Gradients of Σ outputs·cotangents by q, k, v, bias and sinks (Dao et al. 2022, Algorithm 4).
+
+        With dP = dO Vᵀ and δ = Σ_j p dP − dlse: dS = p (dP − δ), and −p_sink δ for the sink.
+        """
+        a = arithmetic
+        q, k, v = self.operands(a)
+        s, tanh = self._scores(a, q, k)
+        w, total, _, _, sunk = self._weights(a, s)
+        p = a.div(w, total)
+        do = a.exact(cotangents["o"])
+        dp = a.matmul(do, a.transpose(v))
+        delta = a.sum(a.mul(p, dp))
+        if "lse" in cotangents:
+            delta = a.sub(delta, a.exact(cotangents["lse"].unsqueeze(-1)))
+        sink = None if sunk is None else a.div(sunk, total)
+        found = self.backward(a, (q, k), p, a.mul(p, a.sub(dp, delta)), do, tanh)
+        result = {name: found[name] for name in ("dq", "dk", "dv", "dbias") if name in found}
+        if sink is not None:
+            result["dsinks"] = self.sink_gradient(a, sink, delta)
         return result
+
+    def backward(
+        self, a: Arithmetic[V], operands: tuple[V, V], p: V, ds: V, do: V, tanh: V | None
+    ) -> dict[str, V]:
+        """Gradients from dS (B, H, M, N); those of k and v are summed over the heads that share them."""
+        q, k = operands
+        result = {}
+        if self.bias is not None:
+            result["dbias"] = reduced(a, a.store(ds, "dscores"), self.bias_shape)
+        if tanh is not None:
+            one = a.exact(torch.ones((), dtype=torch.float64))
+            ds = a.mul(ds, a.sub(one, a.mul(tanh, tanh)))
+        ds = a.store(ds, "dscores")
+        groups = self.k.shape[1]
+        result["dq"] = a.scaled(a.matmul(ds, a.store(k, "operand")), self.scale)
+        stacked = a.transpose(heads_together(a, ds, groups))
+        dk = a.matmul(stacked, heads_together(a, a.store(q, "operand"), groups))
+        result["dk"] = a.scaled(dk, self.scale)
+        weights = a.transpose(heads_together(a, a.store(p, "probabilities"), groups))
+        result["dv"] = a.matmul(weights, heads_together(a, do, groups))
+        return result
+
+    def sink_gradient(self, a: Arithmetic[V], sink: V, delta: V) -> V:
+        """(H,): −Σ p_sink δ over batch entries and queries."""
+        product = a.permute(a.mul(sink, delta), (1, 0, 2, 3))
+        heads, batch, rows, _ = a.shape(product)
+        return a.scaled(a.reshape(a.sum(a.reshape(product, (heads, batch * rows))), (heads,)), -1.0)
 
     def _shift(self, s: torch.Tensor) -> torch.Tensor:
         """The largest seen score or sink of each row, (B, H, M, 1), as far as float64 knows it.
@@ -152,6 +271,7 @@ class SoftmaxProblem(Problem):
             v=self.v[b, g, used][None, None],
             seen=self.seen[b, h, chosen][:, used][None, None],
             bias=None if self.bias is None else self.bias[b, h, chosen][:, used][None, None],
+            alibi=None if self.alibi is None else self.alibi[0, h, chosen][:, used][None, None],
             sinks=None if self.sinks is None else self.sinks[h : h + 1],
             sink_present=None if self.sink_present is None else self.sink_present[h : h + 1],
             poisoned=self.poisoned[b, h, chosen][None, None],
@@ -185,6 +305,15 @@ class SoftmaxProblem(Problem):
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
         """See ``attnproof.properties.budgets.softmax``."""
         return attention_budgets(self, reference, contract)
+
+    def gradient_estimates(
+        self,
+        reference: Mapping[str, Enclosure],
+        contract: Contract,
+        cotangents: Mapping[str, torch.Tensor],
+    ) -> dict[str, Estimate]:
+        """See ``attnproof.properties.budgets.softmax_gradients``."""
+        return attention_gradient_estimates(self, reference, contract, cotangents)
 
     def vacuity(self, reference: Mapping[str, Enclosure], budgets: Mapping[str, Budget]) -> list[str]:
         """Whether the mean of V would pass, and whether the mask changes anything."""
@@ -235,43 +364,13 @@ class SoftmaxProblem(Problem):
         return f"{where} sees {count} of {len(seen)} keys ({span}); most weight: {listed}"
 
 
-def visible(
-    m: int,
-    n: int,
-    *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    causal_alignment: str = "bottom-right",
-) -> torch.Tensor:
-    """Which keys a query may see by position, bool (M, N); contract.md, "The edges"."""
-    i = torch.arange(m)[:, None]
-    j = torch.arange(n)[None, :]
-    seen = torch.ones(m, n, dtype=torch.bool)
-    if causal:
-        seen &= j <= (i if causal_alignment == "top-left" else i + n - m)
-    if window is not None:
-        left, right = window
-        position = i + n - m
-        if left is not None:
-            seen &= j >= position - left
-        if right is not None:
-            seen &= j <= position + right
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:].to(torch.int64)
-        seen &= torch.searchsorted(ends, i.flatten(), right=True)[:, None] == torch.searchsorted(
-            ends, j.flatten(), right=True
-        )
-    return seen
-
-
 class SoftmaxFamily(Family):
     """``softmax`` of the contract."""
 
     name = "softmax"
     inputs = ("q", "k", "v")
     required = ("scale",)
-    options = ("causal", "window", "softcap", "bias", "sinks", "cu_seqlens", "return_lse")
+    options = ("causal", "window", "softcap", "bias", "alibi_slopes", "sinks", "cu_seqlens", "return_lse")
     sequence = ("q", "k", "v", "o", "lse")
 
     def problem_outputs(self, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -287,23 +386,24 @@ class SoftmaxFamily(Family):
     def problem(self, *tensors: torch.Tensor, **options: Any) -> SoftmaxProblem:
         """Check the call and build the masks; q, k, v in layout bhnd."""
         self.check_keywords(options)
-        q, k, v = _checked_tensors(tensors)
+        q, k, v = checked_tensors("softmax", tensors)
         b, heads, m, _ = q.shape
         n = k.shape[2]
-        scale = _number("scale", options["scale"])
+        scale = number("scale", options["scale"])
         softcap = options.get("softcap")
-        if softcap is not None and _number("softcap", softcap) <= 0:
+        if softcap is not None and number("softcap", softcap) <= 0:
             raise ContractError(f"softcap={softcap!r}; the contract asks for a positive float, or None")
-        cu_seqlens = _checked_cu_seqlens(options.get("cu_seqlens"), b, m, n)
+        cu_seqlens = checked_cu_seqlens(options.get("cu_seqlens"), b, m, n)
         alignment = options.get("causal_alignment", "bottom-right")
         if alignment not in ("bottom-right", "top-left"):
             raise ContractError(f"causal_alignment={alignment!r}; expected 'bottom-right' or 'top-left'")
-        window = _checked_window(options.get("window"))
+        window = checked_window(options.get("window"))
         causal = bool(options.get("causal", False))
         seen = visible(m, n, causal=causal, window=window, cu_seqlens=cu_seqlens, causal_alignment=alignment)
         seen = seen.expand(b, heads, m, n)
-        bias = _checked_bias(options.get("bias"), (b, heads, m, n))
-        sinks = _checked_sinks(options.get("sinks"), heads)
+        bias = checked_bias(options.get("bias"), (b, heads, m, n))
+        sinks = checked_sinks(options.get("sinks"), heads)
+        slopes = checked_alibi_slopes(options.get("alibi_slopes"), heads)
         bad = torch.zeros(b, heads, m, dtype=torch.bool)
         if bias is not None:
             seen = seen & (bias != -torch.inf)
@@ -314,117 +414,28 @@ class SoftmaxFamily(Family):
         tainted = ~(k.isfinite().all(-1) & v.isfinite().all(-1)).repeat_interleave(group, 1)
         bad |= ~q.isfinite().all(-1) | (seen & tainted[:, :, None, :]).any(-1)
         return SoftmaxProblem(
-            q=_finite(q),
-            k=_finite(k),
-            v=_finite(v),
+            q=finite(q),
+            k=finite(k),
+            v=finite(v),
             seen=seen,
             scale=scale,
             softcap=None if softcap is None else float(softcap),
-            bias=None if bias is None else _finite(bias),
-            sinks=None if sinks is None else _finite(sinks),
+            bias=None if bias is None else finite(bias),
+            alibi=None if slopes is None else _alibi(slopes, m, n),
+            sinks=None if sinks is None else finite(sinks),
             sink_present=None if sinks is None else sinks != -torch.inf,
             poisoned=bad,
             tainted=tainted.any(-1),
             masked=causal or window is not None or cu_seqlens is not None or bias is not None,
+            bias_shape=() if bias is None else tuple(options["bias"].shape),
             outputs=self.problem_outputs(options),
         )
 
 
-def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.where(tensor.isfinite(), tensor, torch.zeros((), dtype=tensor.dtype))
-
-
-def _number(argument: str, value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or math.isnan(value)
-        or abs(value) == float("inf")
-    ):
-        raise ContractError(f"{argument}={value!r}; the contract asks for a finite Python float")
-    return float(value)
-
-
-def _checked_tensors(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if len(tensors) != 3:
-        raise ContractError(f"softmax takes three tensors q, k, v; got {len(tensors)}")
-    for name, tensor in zip("qkv", tensors, strict=True):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
-            got = (
-                f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            )
-            raise ContractError(
-                f"{name} has {got}; the contract asks for a tensor of 4 axes (batch, heads, length, width)"
-            )
-        dtype_name(tensor.dtype, name)
-    q, k, v = tensors
-    if not q.dtype == k.dtype == v.dtype:
-        raise ContractError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; the contract asks for one dtype"
-        )
-    if k.shape[:3] != v.shape[:3]:
-        raise ContractError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; batch, heads and length must be the same"
-        )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ContractError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; batch and width must be the same"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ContractError(f"q has {q.shape[1]} heads and k {k.shape[1]}; H must be a multiple of G")
-    return q, k, v
-
-
-def _checked_window(window: Any) -> tuple[int | None, int | None] | None:
-    if window is None:
-        return None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ContractError(f"window={window!r}; the contract asks for (left, right), each an int or None")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise ContractError(f"window={window!r}; each side is an int or None")
-    return window[0], window[1]
-
-
-def _checked_bias(bias: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, torch.Tensor):
-        raise ContractError(
-            f"bias is {type(bias).__name__}; the contract asks for a tensor broadcastable to {shape}"
-        )
-    dtype_name(bias.dtype, "bias")
-    try:
-        return bias.expand(shape)
-    except RuntimeError:
-        raise ContractError(
-            f"bias has shape {tuple(bias.shape)}; it must broadcast to (B, H, M, N) = {shape}"
-        ) from None
-
-
-def _checked_sinks(sinks: Any, heads: int) -> torch.Tensor | None:
-    if sinks is None:
-        return None
-    if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (heads,):
-        got = f"shape {tuple(sinks.shape)}" if isinstance(sinks, torch.Tensor) else type(sinks).__name__
-        raise ContractError(
-            f"sinks has {got}; the contract asks for one logit a query head, shape ({heads},)"
-        )
-    dtype_name(sinks.dtype, "sinks")
-    return sinks
-
-
-def _checked_cu_seqlens(cu: Any, b: int, m: int, n: int) -> torch.Tensor | None:
-    if cu is None:
-        return None
-    if not isinstance(cu, torch.Tensor) or cu.dim() != 1 or cu.dtype != torch.int32 or cu.numel() < 2:
-        raise ContractError("cu_seqlens: the contract asks for an int32 tensor of P + 1 offsets, P ≥ 1")
-    ends = cu.tolist()
-    if b != 1 or m != n:
-        raise ContractError(f"cu_seqlens with B = {b}, M = {m}, N = {n}; packed batches have B = 1 and M = N")
-    if ends[0] != 0 or ends[-1] != n or any(x > y for x, y in zip(ends, ends[1:], strict=False)):
-        raise ContractError(f"cu_seqlens={ends}; offsets must rise from 0 to N = {n}")
-    return cu
+def _alibi(slopes: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """−slope·|i + N − M − j|, float64 (1, H, M, N), exact for float32 slopes (Press et al. 2022)."""
+    distance = (torch.arange(m)[:, None] + n - m - torch.arange(n)[None, :]).abs().double()
+    return -slopes.double().reshape(1, -1, 1, 1) * distance
 
 
 SOFTMAX = SoftmaxFamily()

@@ -9,7 +9,8 @@ import torch
 
 from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Contract
-from attnproof.properties.families.softmax import SOFTMAX, visible
+from attnproof.properties.families.softmax import SOFTMAX
+from attnproof.properties.families.visibility import visible
 from attnproof.properties.invariants.base import (
     Balance,
     Call,

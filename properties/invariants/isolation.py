@@ -12,7 +12,7 @@ import torch
 
 from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Contract
-from attnproof.properties.families.softmax import visible
+from attnproof.properties.families.visibility import visible
 from attnproof.properties.invariants.base import Balance, Plan, Recipe, far_values, rows_from
 from attnproof.properties.invariants.calls import (
     affordable,

@@ -1,4 +1,4 @@
-"""Regimes of softmax attention that differ in the magnitudes and the arrangement of q, k and v."""
+"""Regimes of attention that differ in the magnitudes and the arrangement of q, k and v."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from attnproof.properties.contract import DTYPES
 from attnproof.properties.draw import Draw, Float64
-from attnproof.properties.regimes.regime import Builder, Regime
+from attnproof.properties.regimes.regime import ATTENTION_FAMILIES, Builder, Regime
 
 __all__ = ["ATTENTION"]
 
@@ -225,114 +225,114 @@ def _column_signs(width: int) -> Float64:
     return np.where(np.arange(width) % 2 == 0, -1.0, 1.0)
 
 
-def _softmax(builder: Builder) -> dict[str, Builder]:
-    return {"softmax": builder}
+def _every(builder: Builder) -> dict[str, Builder]:
+    return dict.fromkeys(ATTENTION_FAMILIES, builder)
 
 
 _UNCAPPED = ("softcap",)  # tanh would flatten such logits to ±the cap
 
 ATTENTION = (
-    Regime("normal", "the common case; logits ~ N(0, 1)", "plain", _softmax(normal)),
+    Regime("normal", "the common case; logits ~ N(0, 1)", "plain", _every(normal)),
     Regime(
         "uniform",
         "entries in [0, 1): one sign everywhere, so that errors of one sign add up instead of averaging out",
         "plain",
-        _softmax(uniform),
+        _every(uniform),
     ),
     Regime(
         "near-uniform",
         "all weights nearly 1/N, as at initialisation: tests elsewhere often see only this, and little shows",
         "tied",
-        _softmax(near_uniform),
+        _every(near_uniform),
         vacuous=True,
     ),
     Regime(
         "zero-queries",
         "all logits exactly 0: a padding lane that joins the normaliser changes every output (bug B16)",
         "tied",
-        _softmax(zero_queries),
+        _every(zero_queries),
         vacuous=True,
     ),
     Regime(
         "equal-keys",
         "every key is the maximum: P is exactly 1 before normalisation and the sum exactly N",
         "tied",
-        _softmax(equal_keys),
+        _every(equal_keys),
         vacuous=True,
     ),
     Regime(
         "tied",
         "repeated maxima: P is exactly 1 for several keys, and gradients must not favour one of them",
         "tied",
-        _softmax(tied),
+        _every(tied),
     ),
     Regime(
         "tied-one-sign",
         "repeated maxima, columns of v of one sign: roundings of P·V in bfloat16 all fall one way (bug B33)",
         "tied",
-        _softmax(tied_one_sign),
+        _every(tied_one_sign),
     ),
     Regime(
         "one-hot",
         "margin of at least 40 over all other keys: confident rows, where derivatives cancel (bug B64)",
         "plain",
-        _softmax(one_hot),
+        _every(one_hot),
         excludes=_UNCAPPED,
     ),
     Regime(
         "exp-overflow",
         "all logits above 88.73, ln of float32's largest number: naively exp overflows",
         "extreme",
-        _softmax(offset(110.0)),
+        _every(offset(110.0)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "exp-underflow",
         "all logits below -103.98, ln of half float32's smallest number: naively 0/0",
         "extreme",
-        _softmax(offset(-120.0)),
+        _every(offset(-120.0)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "score-overflow",
         "q·k above 65504, float16's largest number, q and k small: scores stored in float16 overflow",
         "extreme",
-        _softmax(raw_offset(1.2e5)),
+        _every(raw_offset(1.2e5)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "below-sentinel",
         "all q·k below -50000: a finite stand-in for -inf is taken for the maximum (bug B06)",
         "extreme",
-        _softmax(raw_offset(-6e4)),
+        _every(raw_offset(-6e4)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "offset-1e3",
         "logits of about 1000 with normal spread: the shift by the maximum cancels 10 bits",
         "extreme",
-        _softmax(offset(1e3)),
+        _every(offset(1e3)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "offset-1e4",
         "logits of about 10000 with normal spread: the shift by the maximum cancels 13 bits",
         "extreme",
-        _softmax(offset(1e4)),
+        _every(offset(1e4)),
         excludes=_UNCAPPED,
     ),
     Regime(
         "large-logits",
         "logits of standard deviation 100: weights over the whole range of exp, most of them underflow",
         "extreme",
-        _softmax(large_logits),
+        _every(large_logits),
         excludes=_UNCAPPED,
     ),
     Regime(
         "identical-huge",
         "q = k = 133120: a product fused with subtracting a rounded maximum leaves a residual (bug B07)",
         "extreme",
-        _softmax(identical_huge),
+        _every(identical_huge),
         excludes=_UNCAPPED,
         dtypes=tuple(d for d in DTYPES if d != "float16"),
         vacuous=True,
@@ -341,60 +341,60 @@ ATTENTION = (
         "ascending",
         "scores rise from key to key: every tile of an online softmax raises the maximum and rescales",
         "plain",
-        _softmax(ordered(1.0)),
+        _every(ordered(1.0)),
     ),
     Regime(
         "descending",
         "scores fall from key to key: later tiles contribute ever less, and must not rescale",
         "plain",
-        _softmax(ordered(-1.0)),
+        _every(ordered(-1.0)),
     ),
     Regime(
         "outlier-key",
         "one key 30 times as long: one-hot for half of the rows, unseen for the others",
         "plain",
-        _softmax(outlier_key),
+        _every(outlier_key),
     ),
     Regime(
         "attention-sink",
         "the first key takes most of the weight and has a small value, as in trained models",
         "plain",
-        _softmax(attention_sink),
+        _every(attention_sink),
     ),
     Regime(
         "outliers",
         "N(0, 1) + N(0, 100)·Bernoulli(0.001): FlashAttention-3's model of outliers in trained networks",
         "plain",
-        _softmax(outliers),
+        _every(outliers),
     ),
     Regime(
         "correlated",
         "k = v + noise, all means 1: weights and values are not independent, so errors of P show",
         "plain",
-        _softmax(correlated),
+        _every(correlated),
     ),
     Regime(
         "cancelling-values",
         "large values that cancel in the sum: the error must be small against Σ p|v|, not against the output",
         "plain",
-        _softmax(cancelling_values),
+        _every(cancelling_values),
     ),
     Regime(
         "one-sign-values",
         "columns of v of one sign: a bias of the roundings of P adds up",
         "plain",
-        _softmax(one_sign_values),
+        _every(one_sign_values),
     ),
     Regime(
         "wide-values",
         "values over 20 octaves: small columns must not be judged, or computed, by the scale of large ones",
         "plain",
-        _softmax(wide_values),
+        _every(wide_values),
     ),
     Regime(
         "large-values",
         "values near the largest number: outputs are finite, P·V in storage precision before division is not",
         "extreme",
-        _softmax(large_values),
+        _every(large_values),
     ),
 )

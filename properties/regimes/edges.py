@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from attnproof.properties.draw import Draw, Float64
 from attnproof.properties.regimes.attention import normal
-from attnproof.properties.regimes.regime import Regime
+from attnproof.properties.regimes.regime import ATTENTION_FAMILIES, Regime
 from attnproof.properties.regimes.visibility import seen_keys
 
 __all__ = ["EDGES"]
@@ -42,7 +42,7 @@ def sentinel(draw: Draw) -> dict[str, Any]:
 def unseen_nonfinite(draw: Draw) -> dict[str, Any]:
     """NaN and ±inf in k and v where no row, or at most half of the rows, sees the key."""
     values = normal(draw)
-    if "bias" in draw.options:
+    if draw.family == "softmax" and "bias" in draw.options:
         bias = draw.normal("bias", *draw.bias_shape)
         columns = draw.permutations("columns", bias.shape[3]) < bias.shape[3] // 4
         values["bias"] = np.where(columns, -np.inf, bias)
@@ -225,14 +225,14 @@ EDGES = (
         "unseen-nonfinite",
         "NaN and inf in keys that a row does not see: 0·NaN in the second product leaks them (bugs B21, B27)",
         "nonfinite",
-        {"softmax": unseen_nonfinite},
-        needs=("bias", "causal", "window", "cu_seqlens"),
+        dict.fromkeys(("softmax", "sigmoid", "relu", "differential"), unseen_nonfinite),
+        needs=("bias", "causal", "window", "cu_seqlens", "band"),
     ),
     Regime(
         "seen-nonfinite",
         "rows that see a NaN or inf beside rows that do not: nothing may spread from row to row of a tile",
         "nonfinite",
-        {"softmax": seen_nonfinite},
+        dict.fromkeys(("softmax", "sigmoid", "relu", "differential", "scaled_head"), seen_nonfinite),
     ),
     Regime(
         "representable",
@@ -245,13 +245,13 @@ EDGES = (
         "subnormal-queries",
         "q below the smallest normal number against large k: flushed to zero, all weights become equal",
         "extreme",
-        {"softmax": subnormal_queries},
+        dict.fromkeys(("softmax", "sigmoid", "relu", "differential", "scaled_head"), subnormal_queries),
         excludes=("softcap",),
     ),
     Regime(
         "subnormal-values",
         "v below the smallest normal number: outputs are subnormal, with errors in units of the smallest",
         "extreme",
-        {"softmax": subnormal_values},
+        dict.fromkeys(ATTENTION_FAMILIES, subnormal_values),
     ),
 )

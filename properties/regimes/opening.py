@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnproof.properties.case import SYMBOLS, Case
+from attnproof.properties.case import Case
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES
+from attnproof.properties.signatures import COTANGENTS, SIGNATURES
 from attnproof.properties.views import unit_last_stride
 
 __all__ = ["larger", "opening"]
@@ -34,6 +35,7 @@ def _attention_sizes(b: int, h: int, g: int, m: int, n: int, d: int, e: int) -> 
 
 _PLAIN = _attention_sizes(2, 4, 2, 65, 129, 64, 64)
 _LONG = _attention_sizes(1, 1, 1, 4, 2053, 64, 64)
+_POOLS = (2, 1, 3, 4, 7)
 _MANY = (9, 1, 0, 17, 3, 0, 5, 16, 2, 11, 0, 8, 18)
 _SMALL = _attention_sizes(1, 2, 1, 33, 70, 32, 32)
 _PACKED = _attention_sizes(1, 2, 1, 80, 80, 32, 32)
@@ -104,6 +106,64 @@ _ATTENTION_LARGER: tuple[_Kind, ...] = (
 )
 
 
+_EASY_EVERY: tuple[_Kind, ...] = (
+    ({"B": 2, "H": 2, "N": 65, "E": 64}, "normal", "contiguous", {"cotangents": "normal"}),
+    ({"B": 1, "H": 2, "N": 129, "E": 16}, "normal", "transposed", {}),
+    ({"B": 1, "H": 1, "N": 300, "E": 40}, "normal", "contiguous", {"band": 70, "cotangents": "ones"}),
+)
+_EASY_ONCE: tuple[_Kind, ...] = (
+    ({"B": 3, "H": 2, "N": 33, "E": 72}, "normal", "sliced", {"cotangents": "one-hot"}),
+    ({"B": 2, "H": 3, "N": 40, "E": 32}, "normal", "contiguous", {"band": 0}),
+    ({"B": 2, "H": 3, "N": 40, "E": 32}, "one-hot", "columns", {"band": 17, "cotangents": "normal"}),
+    ({"B": 2, "H": 1, "N": 70, "E": 32}, "cancelling-values", "contiguous", {"cotangents": "aligned"}),
+    ({"B": 1, "H": 2, "N": 70, "E": 1}, "one-sign-values", "broadcast", {}),
+    ({"B": 1, "H": 2, "N": 64, "E": 128}, "wide-values", "unaligned", {"cotangents": "normal"}),
+    ({"B": 2, "H": 2, "N": 65, "E": 64}, "large-values", "contiguous", {}),
+)
+_EASY_LARGER: tuple[_Kind, ...] = (
+    ({"B": 1, "H": 1, "N": 1030, "E": 16}, "normal", "contiguous", {"band": 100}),
+    ({"B": 9, "H": 5, "N": 40, "E": 32}, "normal", "contiguous", {}),
+    ({"B": 1, "H": 2, "N": 513, "E": 64}, "normal", "contiguous", {}),
+)
+
+# Asked of families that have these options or gradients; in one dtype each, in turn.
+_PARTICULAR: tuple[_Kind, ...] = (
+    (_SMALL, "off-centre", "contiguous", {"cotangents": "ones"}),
+    (_SMALL, "off-centre", "contiguous", {"cotangents": "normal"}),
+    (_PLAIN, "normal", "contiguous", {"cotangents": "normal"}),
+    (_SMALL, "one-hot", "contiguous", {"cotangents": "normal"}),
+    (_SMALL, "large-logits", "contiguous", {"cotangents": "normal"}),
+    (_SMALL, "saturated", "contiguous", {"cotangents": "normal"}),
+    (_SMALL, "exact-kinks", "contiguous", {"cotangents": "ones"}),
+    (_SMALL, "exact-kinks", "contiguous", {"power": 2, "cotangents": "normal"}),
+    (_SMALL, "normal", "contiguous", {"power": 2}),
+    (_SMALL, "normal", "contiguous", {"normalizer": 70.0, "cotangents": "normal"}),
+    (_SMALL, "far-keys", "contiguous", {}),
+    (_SMALL, "far-keys", "contiguous", {"cotangents": "normal"}),
+    (_SMALL, "constant-columns", "contiguous", {"cotangents": "normal"}),
+    (_SMALL, "normal", "contiguous", {"beta": True, "cotangents": "normal"}),
+    (_SMALL, "normal", "contiguous", {"beta": True, "variance": "off", "cotangents": "ones"}),
+    (_SMALL, "normal", "contiguous", {"alibi_slopes": True, "cotangents": "normal"}),
+    (_SMALL, "softmax-one", "contiguous", {"sinks": True, "cotangents": "normal"}),
+    (_SMALL, "prefix-lm", "contiguous", {"bias": "11mn", "cotangents": "normal"}),
+    (_SMALL, "documents", "contiguous", {"bias": "bhmn", "cotangents": "normal"}),
+    (_SMALL, "normal", "transposed", {"causal": True, "cotangents": "one-hot"}),
+    (_SMALL, "normal", "contiguous", {"softcap": 2.0, "cotangents": "normal"}),
+    (_SMALL, "normal", "contiguous", {"bias": "1h1n", "cotangents": "normal"}),
+    (_SMALL, "normal", "contiguous", {"sinks": True, "cotangents": "aligned"}),
+    (_SMALL, "normal", "contiguous", {"window": (20, 3), "cotangents": "normal"}),
+    (_SMALL, "normal", "contiguous", {"bias": -2.5, "cotangents": "normal"}),
+    (
+        _attention_sizes(1, 2, 2, 200, 60, 32, 32),
+        "normal",
+        "contiguous",
+        {"causal": True, "cotangents": "normal"},
+    ),
+    (_attention_sizes(1, 2, 1, 129, 2053, 16, 16), "normal", "contiguous", {"cotangents": "normal"}),
+    (_attention_sizes(1, 2, 1, 33, 70, 192, 128), "normal", "contiguous", {"cotangents": "normal"}),
+)
+
+
 def _row_sizes(r: int, n: int) -> dict[str, int]:
     return {"R": r, "N": n}
 
@@ -138,8 +198,7 @@ def opening(
     """The first cases of a search, the likeliest to fail first; arguments as for ``plan``."""
     top_left = causal_alignment == "top-left"
     kernel = _Kernel(family, dtypes, options, supports, top_left, 100_000 * seed + 50_000)
-    attention = "D" in SYMBOLS[family]
-    every, once = (_ATTENTION_EVERY, _ATTENTION_ONCE) if attention else (_ROWS_EVERY, _ROWS_ONCE)
+    every, once, _ = _kinds(family)
     kinds = [(kind, dtype) for kind in every for dtype in dtypes]
     kinds += list(zip(once, itertools.cycle(dtypes), strict=False))
     return kernel.cases(kinds)
@@ -157,8 +216,19 @@ def larger(
     """Sizes beyond those of a plan, one dimension at a time; arguments as for ``plan``."""
     top_left = causal_alignment == "top-left"
     kernel = _Kernel(family, dtypes, options, supports, top_left, 100_000 * seed + 60_000)
-    kinds = _ATTENTION_LARGER if "D" in SYMBOLS[family] else _ROWS_LARGER
+    kinds = _kinds(family)[2]
     return kernel.cases(list(zip(kinds, itertools.cycle(dtypes), strict=False)))
+
+
+def _kinds(family: str) -> tuple[tuple[_Kind, ...], tuple[_Kind, ...], tuple[_Kind, ...]]:
+    """Kinds tried in every dtype, in one each, and the larger ones."""
+    if family == "easy":
+        return _EASY_EVERY, _EASY_ONCE, _EASY_LARGER
+    if not SIGNATURES[family].attention:
+        return _ROWS_EVERY, _ROWS_ONCE, _ROWS_LARGER
+    # What a family has that others lack comes early, beside what all have.
+    alternating = itertools.chain.from_iterable(itertools.zip_longest(_PARTICULAR, _ATTENTION_ONCE))
+    return _ATTENTION_EVERY, tuple(kind for kind in alternating if kind is not None), _ATTENTION_LARGER
 
 
 @dataclass(frozen=True)
@@ -180,13 +250,20 @@ class _Kernel:
         for number, ((asked, regime, view, wanted), dtype) in enumerate(kinds):
             sizes = self._sizes(asked)
             options = {name: value for name, value in wanted.items() if name in self.options}
-            lost = wanted and not options
+            plain = {name for name in wanted if name != "cotangents"}
+            lost = (wanted and not options) or (plain and not plain & set(options))
             if sizes is None or lost or regime not in REGIMES:
                 continue
-            if self.supports.last_stride_one and not unit_last_stride(view, 4 if "D" in sizes else 2):
+            if self.supports.last_stride_one and not unit_last_stride(view, SIGNATURES[self.family].axes):
                 view = "contiguous"
             if "return_lse" in self.options:
                 options["return_lse"] = True
+            if "cotangents" in self.options and "cotangents" not in wanted and number % 2:
+                options["cotangents"] = COTANGENTS[number // 2 % len(COTANGENTS)]
+            if "pool" in SIGNATURES[self.family].required:
+                options["pool"] = tuple(_POOLS[(number + head) % len(_POOLS)] for head in range(sizes["H"]))
+            if "bias" in options and isinstance(options["bias"], str) is (self.family == "sigmoid"):
+                continue  # sigmoid's bias is a number, the others' a tensor
             if self.top_left and "causal" in options:
                 options["causal_alignment"] = "top-left"
             if "cu_seqlens" in options and sum(options["cu_seqlens"]) != sizes["N"]:

@@ -17,6 +17,7 @@ from attnproof.properties.case import OPTIONS, Case
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES
 from attnproof.properties.regimes.regime import Regime
+from attnproof.properties.signatures import COTANGENTS, SIGNATURES
 from attnproof.properties.views import VIEWS, unit_last_stride
 
 __all__ = ["SIZES", "WIDTHS", "plan"]
@@ -48,9 +49,11 @@ WIDTHS = (
     (32, 32),
     (256, 64),
     (64, 256),
+    (192, 128),
 )
 """(D, E) in the order in which they are tried."""
 
+_POOLS = (2, 1, 3, 4, 7)
 RELATIONS = ("square", "fewer-queries", "square", "more-queries", "decode")
 
 # A regime whose cases are vacuous, and sizes that leave no choice, are kept below this share of a plan: a
@@ -58,6 +61,8 @@ RELATIONS = ("square", "fewer-queries", "square", "more-queries", "decode")
 # are computed.
 VACUOUS_SHARE = 0.12
 _DEGENERATE_SHARE = 1 / 12
+# Of the cases that the options' turns leave without gradients, how many get them all the same.
+GRADIENT_SHARE = 0.3
 _MOST_WORK = 2**24  # B·H·M·N·(D + E): a few milliseconds of float64
 _CANDIDATES = 24
 
@@ -164,7 +169,7 @@ class _Planner:
 
     @property
     def _axes(self) -> int:
-        return 4 if self.family == "softmax" else 2
+        return SIGNATURES[self.family].axes
 
     def _requirements(self) -> set[Requirement]:
         options = self.options
@@ -216,6 +221,12 @@ class _Planner:
 
     def _case(self, regime: Regime, dtype: str, *, larger: bool = False) -> Case:
         chosen, view = self._choose(regime, dtype)
+        if (
+            "cotangents" in self.options
+            and "cotangents" not in chosen
+            and self.random.random() < GRADIENT_SHARE
+        ):
+            chosen = (*chosen, "cotangents")
         self.open -= _covered(chosen, view, dtype)
         sizes = self._sizes(regime, chosen, larger)
         return self._make(dtype, sizes, regime.name, self._values(chosen, sizes), view)
@@ -267,19 +278,39 @@ class _Planner:
         values: dict[str, Callable[[], Any]] = {
             "window": lambda: self._turn("window", windows),
             "softcap": lambda: self._turn("softcap", (2.0, 30.0, 0.7, 50.0)),
-            "bias": lambda: self._turn("bias", patterns),
+            "bias": lambda: self._turn("bias", (-2.5, 1.0, 0.0) if self.family == "sigmoid" else patterns),
             "cu_seqlens": lambda: self._turn("cu_seqlens", packings),
+            "normalizer": lambda: float(max(length, 1)),
+            "power": lambda: 2,
+            "variance": lambda: "off",
+            "band": lambda: self._turn("band", (length // 4, 0, 17, length)),
+            "cotangents": lambda: self._turn("cotangents", COTANGENTS),
+            "pool": lambda: self._pools(sizes["H"]),
         }
-        result: dict[str, Any] = {name: values[name]() if name in values else True for name in chosen}
+        required = [name for name in ("pool",) if name in SIGNATURES[self.family].required]
+        names = dict.fromkeys((*chosen, *required))
+        result: dict[str, Any] = {name: values[name]() if name in values else True for name in names}
         if self.causal_alignment == "top-left" and "causal" in chosen:
             result["causal_alignment"] = "top-left"
         return result
+
+    def _pools(self, heads: int) -> tuple[int, ...]:
+        """A window for each head: some that divide a length, some that leave a ragged tail."""
+        first = self._turn("pool", range(len(_POOLS)))
+        return tuple(_POOLS[(first + head) % len(_POOLS)] for head in range(heads))
 
     def _sizes(self, regime: Regime, chosen: tuple[str, ...], larger: bool) -> dict[str, int]:
         name = self._turn("class", _CLASSES)
         length = self._rounded(self._turn(name, SIZES[name]) * (self._pick((1, 1, 2, 3)) if larger else 1))
         work = _MOST_WORK * (4 if larger else 1)
-        if self.family != "softmax":
+        if self.family == "easy":
+            batch, heads = self._turn("batch", (2, 1, 3)), self._turn("heads", (1, 2, 3))
+            value = self._width(regime)[1]
+            while batch * heads * length * length * value > work and batch > 1:
+                batch -= 1
+            length = min(length, self._rounded(math.isqrt(work // (heads * value))))
+            return {"B": batch, "H": heads, "N": length, "E": value}
+        if not SIGNATURES[self.family].attention:
             rows = self._turn("rows", (5, 1, 16, 33, 8))
             return {"R": max(1, min(rows, work // (64 * max(1, length)))), "N": length}
         width, value = self._width(regime)
@@ -321,7 +352,11 @@ class _Planner:
     def _degenerate(self) -> list[Case]:
         """Sizes 0 and 1, smallest first, and rows that see no key; each in the next dtype."""
         one = self._rounded(1)
-        if self.family != "softmax":
+        if self.family == "easy":
+            value = self._width(REGIMES["normal"])[1]
+            lengths = ((1, 1, one), (1, 2, 0), (0, 2, 2), (2, 3, one), (1, 1, 2))
+            shapes = [{"B": b, "H": h, "N": n, "E": value} for b, h, n in lengths]
+        elif not SIGNATURES[self.family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((1, one), (2, 0), (0, 3), (3, one), (1, 2))]
         else:
             width, value = self._width(REGIMES["normal"])
@@ -331,7 +366,11 @@ class _Planner:
         shapes = [{**shape, "N": self._rounded(shape["N"])} for shape in shapes]
         if self.supports.nonempty:
             shapes = [shape for shape in shapes if all(shape.values())]
-        cases = [self._make(self._turn("first dtype", self.dtypes), shape) for shape in shapes]
+        cases = []
+        for number, shape in enumerate(shapes):
+            chosen = ("cotangents",) if "cotangents" in self.options and number % 2 == 0 else ()
+            options = self._values(chosen, shape)
+            cases.append(self._make(self._turn("first dtype", self.dtypes), shape, options=options))
         if "causal" in self.options:
             wide = {"B": 1, **rest, "M": self._rounded(8) + 5, "N": self._rounded(8)}
             options = self._values(("causal",), wide)

@@ -9,7 +9,7 @@ import numpy as np
 
 from attnproof.properties.activations import HEADS, INSTALL, LAYERS, WIDTH, activations, available
 from attnproof.properties.draw import Draw, Float64
-from attnproof.properties.regimes.regime import Regime
+from attnproof.properties.regimes.regime import ATTENTION_FAMILIES, Regime
 
 __all__ = ["REAL"]
 
@@ -71,7 +71,11 @@ REAL = (
         "real-activations",
         "attention of a trained model on English text: sinks, outlier channels, correlated keys (bug B14)",
         "real",
-        {"softmax": attention, "logsumexp": rows, "softmax_rows": rows},
+        {
+            **dict.fromkeys((f for f in ATTENTION_FAMILIES if f != "differential"), attention),
+            "logsumexp": rows,
+            "softmax_rows": rows,
+        },
         requires=(available, INSTALL),
     ),
 )

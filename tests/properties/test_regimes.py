@@ -18,6 +18,7 @@ from attnproof.properties.regimes import REGIMES, SIZES, plan
 from attnproof.properties.regimes.planning import VACUOUS_SHARE
 from attnproof.properties.regimes.regime import Regime, merged
 from attnproof.properties.regimes.visibility import seen_keys
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.properties.views import VIEWS
 
 HALF = ("float16", "bfloat16")
@@ -270,14 +271,29 @@ def test_every_regime_serves_every_size_and_option(regime: Regime) -> None:
     )
     for family, view in itertools.product(regime.families, VIEWS):
         shapes = [dict(zip("BHGMNDE", sizes, strict=True)) for sizes in awkward]
-        if family != "softmax":
+        if family == "easy":
+            shapes = [{"B": b, "H": h, "N": n, "E": 3} for b, h, n in ((0, 1, 2), (1, 2, 0), (2, 3, 5))]
+        elif not SIGNATURES[family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((0, 3), (3, 0), (1, 1), (2, 2))]
         for shape, option in itertools.product(shapes, [None, *OPTIONS[family]]):
             options: dict[str, Any] = {} if option is None else {option: True}
             needed = set() if regime.served(family, options) else set(regime.needs)
             options |= {"bias": "bhmn"} if option == "bias" or needed == {"bias"} else {}
-            options |= {"causal": True} if "causal" in needed else {}
-            values = {"window": (1, 0), "softcap": 2.0, "causal_alignment": "top-left"}
+            options |= {"sinks": True} if needed == {"sinks"} else {}
+            options |= {"causal": True} if "causal" in needed and "causal" in OPTIONS[family] else {}
+            options |= {"band": 1} if "band" in needed and "band" in OPTIONS[family] else {}
+            values = {
+                "window": (1, 0),
+                "softcap": 2.0,
+                "causal_alignment": "top-left",
+                "cotangents": "aligned",
+                "normalizer": 3.0,
+                "power": 2,
+                "variance": "off",
+                "band": 1,
+                "pool": (2,) * shape.get("H", 1),
+            }
+            options |= {"bias": -1.0} if family == "sigmoid" and option == "bias" else {}
             options |= {option: values[option]} if option in values else {}
             packed = option == "cu_seqlens"
             if packed and not (shape["B"] == 1 and shape["M"] == shape["N"]):

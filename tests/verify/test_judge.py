@@ -150,3 +150,21 @@ def test_overflow_of_the_output_is_asked_for_and_nothing_else() -> None:
     assert changed.judge({"y": got}).verdict == "PASS"
     got[0] = 65504.0
     assert [failure.rule for failure in changed.judge({"y": got}).failures] == ["nonfinite"]
+
+
+def test_results_that_coincide_and_are_rounded_alike_have_no_bias() -> None:
+    case = Case.parse("softmax_rows:float16:subnormal:R8,N11:-:sliced:1000020")
+    found = prepare(case, Contract("softmax_rows"))
+    nearest = found.reference.outputs["y"].value.to(torch.float16)
+    judgement = found.judge({"y": nearest})
+    assert judgement.verdict == "PASS", judgement.failures
+    # All of them are rounded down by nearly half a spacing: about the exact results the mean is large.
+    assert abs(judgement.outputs["y"].bias) > 1.0
+
+
+def test_an_output_that_is_always_truncated_is_biased() -> None:
+    case = Case.parse("softmax:bfloat16:one-sign-values:B1,H2,G1,M64,N33,D16,E64:-:contiguous:3")
+    found = prepare(case, Contract("softmax", dtypes=("bfloat16",)))
+    exact = found.reference.outputs["o"].value.to(torch.float32)
+    truncated = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+    assert "bias" in {failure.rule for failure in found.judge({"o": truncated}).failures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,12 @@ def _odd_sum(a: Tensor, b: Tensor) -> Tensor:
     inexact = (rest != 0) & torch.isfinite(rest) & torch.isfinite(total) & even
     away = (rest > 0) == (total > 0)
     return torch.where(inexact, torch.where(away, bits + 1, bits - 1), bits).view(torch.float64)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """√x, rounded correctly: torch's own is not on every CPU (one float32 result in five differs)."""
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.asarray(np.sqrt(x.double().numpy()))).to(x.dtype)
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

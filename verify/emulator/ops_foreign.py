@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnproof.emulator.lowering import Lowering, Run, prepares
 from attnproof.emulator.machine import Context
-from attnproof.emulator.numerics import fused_multiply_add
+from attnproof.emulator.numerics import fused_multiply_add, square_root
 from attnproof.emulator.ops_arith import signless, unsigned
 from attnproof.emulator.syntax import Op
 from attnproof.emulator.values import Pointer, full
@@ -72,8 +72,8 @@ LIBRARY: dict[str, Callable[..., Tensor]] = {
     "signbit": torch.signbit,
     "sin": torch.sin,
     "sinh": torch.sinh,
-    "sqrt": torch.sqrt,
-    "sqrt_rn": torch.sqrt,
+    "sqrt": square_root,
+    "sqrt_rn": square_root,
     "tan": torch.tan,
     "tanh": torch.tanh,
     "tgamma": lambda x: torch.exp(torch.lgamma(x)),
@@ -128,7 +128,7 @@ PTX: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "rcp": torch.reciprocal,
     "rsqrt": torch.rsqrt,
-    "sqrt": torch.sqrt,
+    "sqrt": square_root,
     "sin": torch.sin,
     "cos": torch.cos,
     "abs": torch.abs,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnproof.emulator.lowering import Lowering, Run, prepares
-from attnproof.emulator.numerics import fused_multiply_add
+from attnproof.emulator.numerics import fused_multiply_add, square_root
 from attnproof.emulator.syntax import Op
 
 Unary = Callable[[Tensor], Tensor]
@@ -21,8 +21,8 @@ UNARY: dict[str, Unary] = {
     "math.log2": torch.log2,
     "math.log10": torch.log10,
     "math.log1p": torch.log1p,
-    "math.sqrt": torch.sqrt,
-    "math.rsqrt": torch.rsqrt,
+    "math.sqrt": square_root,
+    "math.rsqrt": lambda x: (1.0 / x.double().sqrt()).to(x.dtype),
     "math.tanh": torch.tanh,
     "math.sin": torch.sin,
     "math.cos": torch.cos,
@@ -33,7 +33,7 @@ UNARY: dict[str, Unary] = {
     "math.ceil": torch.ceil,
     "math.trunc": torch.trunc,
     "math.roundeven": torch.round,
-    "tt.precise_sqrt": torch.sqrt,
+    "tt.precise_sqrt": square_root,
 }
 
 

@@ -18,13 +18,15 @@ import torch
 
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.families.base import Problem
+from attnproof.properties.families.gradients import GradientProblem
 from attnproof.properties.families.logsumexp import RowsProblem
-from attnproof.properties.families.softmax import SoftmaxProblem, visible
+from attnproof.properties.families.softmax import SoftmaxProblem
+from attnproof.properties.families.visibility import visible
 from attnproof.properties.oracle import evaluate
 from attnproof.statistics import deviation
 from attnproof.trials import JudgedCall
 
-__all__ = ["TILES", "alterations", "explains", "with_score_factor"]
+__all__ = ["TILES", "alterations", "explains", "only_gradients", "with_score_factor"]
 
 TILES = (16, 32, 64, 128, 256)
 """Tiles of keys that kernels are written in."""
@@ -45,23 +47,39 @@ def explains(problem: Problem, judged: JudgedCall) -> bool | None:
     assert trial is not None
     found = evaluate(problem, EnclosureArithmetic(), gauges=True)
     budgets = problem.budgets(found, trial.contract)
-    rows = len(problem.row_shape)
+    rows = dict.fromkeys(problem.outputs, len(problem.row_shape))
+    asked = judged.outputs
+    if trial.gradients is not None:
+        altered = GradientProblem(problem, dict(found), trial.gradients.cotangents)
+        found = {**found, **evaluate(altered, EnclosureArithmetic())}
+        budgets = {**budgets, **altered.budgets(found, trial.contract)}
+        rows |= {name: altered.row_axes(name) for name in altered.outputs}
+        if only_gradients(judged):
+            asked = {name: asked[name] for name in altered.outputs}
 
     def within(outputs: Mapping[str, torch.Tensor]) -> bool:
         for name, got in outputs.items():
             vague = ~budgets[name].open & ~(found[name].radius <= budgets[name].certain)
-            distance = deviation(got, found[name], budgets[name], rows)
+            distance = deviation(got, found[name], budgets[name], rows[name])
             wrong = distance.nonfinite.any() or distance.misplaced.any() or (distance.certain > 1.0).any()
             if bool(wrong) or bool(vague.any()):
                 return False
         return True
 
-    if not within(judged.outputs):
+    if not within(asked):
         return False
     if not bool(problem.seen.any()):  # type: ignore[attr-defined]
         return None  # any cause that leaves nothing looks like this
-    exact = {name: trial.reference.outputs[name].value for name in judged.outputs}
+    exact = {name: trial.reference.outputs[name].value for name in asked}
     return None if within(exact) else True
+
+
+def only_gradients(judged: JudgedCall) -> bool:
+    """Whether the outputs are right and a gradient is not: then only the backward pass is in question."""
+    trial = judged.trial
+    if trial is None or trial.gradients is None:
+        return False
+    return not any(failure.output in trial.problem.outputs for failure in judged.event.failures)
 
 
 def alterations(judged: JudgedCall) -> Altered:

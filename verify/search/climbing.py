@@ -18,9 +18,9 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings, target
 
 from attnproof.properties.case import Case
-from attnproof.properties.contract import Contract
 from attnproof.properties.strategies import cases
 from attnproof.reports.record import CaseJudged
+from attnproof.trials import Subject
 
 __all__ = ["Stopped", "climb", "nearness"]
 
@@ -41,15 +41,16 @@ def nearness(event: CaseJudged) -> float:
     return max(ratios, default=0.0)
 
 
-def climb(contract: Contract, first_seed: int, judge: Callable[[Case], CaseJudged]) -> None:
-    """Draw cases for a kernel under ``contract`` and climb, until ``judge`` raises :class:`Stopped`.
+def climb(subject: Subject, first_seed: int, judge: Callable[[Case], CaseJudged]) -> None:
+    """Draw cases for a kernel and climb, until ``judge`` raises :class:`Stopped`.
 
     ``judge`` judges one case and is called from this thread only.
     """
+    contract = subject.contract
     strategy = cases(
         contract.family,
         dtypes=contract.dtypes,
-        options=contract.options,
+        options=subject.options,
         supports=contract.supports,
         causal_alignment=contract.causal_alignment,
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from attnproof.outcomes import Crashed, OutOfMemory, Raised, TimedOut
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Supports
-from attnproof.search.alterations import alterations, explains
+from attnproof.search.alterations import alterations, explains, only_gradients
 from attnproof.search.descent import same_failure
 from attnproof.search.distortions import distortions
 from attnproof.search.evidence import Evidence, Probe, kinds_of
@@ -171,7 +171,10 @@ class _Diagnosis:
         if not causes:
             largest = sorted(witnesses, key=_size, reverse=True)
             causes = list(distortions(largest))
-        yield from (_sentence(words) for words in causes[:_CAUSES])
+            yield from (_sentence(words) for words in causes[:_CAUSES])
+            return
+        where = "in the backward pass " if only_gradients(self.evidence.judged) else ""
+        yield from (_sentence(where + words) for words in causes[:_CAUSES])
 
     def _altered(self, witnesses: Sequence[JudgedCall]) -> Iterator[str]:
         """In words, each alteration that explains all witnesses, one of them beyond doubt.

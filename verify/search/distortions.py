@@ -35,7 +35,7 @@ def wrong_elements(judged: JudgedCall, name: str) -> torch.Tensor:
     trial = judged.trial
     assert trial is not None
     got = judged.outputs[name]
-    rows = len(trial.problem.row_shape)
+    rows = trial.row_axes(name)
     found = deviation(got, trial.reference.outputs[name], trial.budgets[name], rows)
     return ((found.certain > 1.0) | found.nonfinite | found.misplaced).reshape(got.shape)
 

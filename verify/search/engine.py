@@ -148,7 +148,7 @@ class Search:
         contract = self.subject.contract
         arguments: dict[str, Any] = {
             "dtypes": contract.dtypes,
-            "options": contract.options,
+            "options": self.subject.options,
             "supports": contract.supports,
             "causal_alignment": contract.causal_alignment,
             "seed": self.seed,

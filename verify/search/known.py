@@ -18,6 +18,7 @@ from hypothesis.database import ExampleDatabase
 
 from attnproof.properties.case import Case, CaseError, Inputs, make_inputs
 from attnproof.properties.contract import Contract
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.properties.views import lay_out, unit_last_stride
 
 __all__ = ["Known", "forget", "recall", "remember"]
@@ -81,10 +82,9 @@ def _recalled(database: ExampleDatabase, target: str, contract: Contract) -> Ite
 
 def _takes(contract: Contract, case: Case) -> bool:
     """Whether a kernel under ``contract`` promises anything of ``case``."""
-    asked = {name for name, _ in case.options} - {"causal_alignment"}
-    strides = not contract.supports.last_stride_one or unit_last_stride(
-        case.view, 4 if "D" in case.sizes else 2
-    )
+    form = SIGNATURES[case.family]
+    asked = {name for name, _ in case.options} - {"causal_alignment", "cotangents", *form.required}
+    strides = not contract.supports.last_stride_one or unit_last_stride(case.view, form.axes)
     return (
         case.dtype in contract.dtypes
         and asked <= set(contract.options)
@@ -102,7 +102,8 @@ def _encoded(known: Known) -> bytes:
     """Only what the contract names is kept: values, and the scale; flags and lengths are in the case."""
     tensors, scale = {}, None
     if known.inputs is not None:
-        named: dict[str, Any] = {**known.inputs.tensors, **known.inputs.options}
+        cotangents = {f"d{name}": tensor for name, tensor in known.inputs.cotangents.items()}
+        named: dict[str, Any] = {**known.inputs.tensors, **known.inputs.options, **cotangents}
         tensors = {
             name: _stored(value)
             for name, value in named.items()
@@ -128,7 +129,10 @@ def _decoded(content: bytes) -> Known:
         inputs = make_inputs(case)
         for name, kept in stored.tensors.items():
             tensor = lay_out(_tensor(kept), case.view, name)
-            (inputs.tensors if name in inputs.tensors else inputs.options)[name] = tensor
+            if name.removeprefix("d") in inputs.cotangents and name not in inputs.tensors:
+                inputs.cotangents[name.removeprefix("d")] = tensor
+            else:
+                (inputs.tensors if name in inputs.tensors else inputs.options)[name] = tensor
         if stored.scale is not None:
             inputs.options["scale"] = stored.scale
     return Known(case, inputs, stored.invariant, tuple(Case.parse(text) for text in stored.history))

@@ -131,7 +131,7 @@ class Lanes:
             while (step := self._next_planned()) is not None:
                 self._judge(prober, step)
             if number == 0:
-                climb(self._subject.contract, 1000 * self._seed, partial(self._climbed, prober))
+                climb(self._subject, 1000 * self._seed, partial(self._climbed, prober))
             while True:
                 with self._lock:
                     step = next(self._random)
@@ -192,7 +192,7 @@ def _random_steps(subject: Subject, seed: int) -> Iterator[Step]:
     cases = plan(
         contract.family,
         dtypes=contract.dtypes,
-        options=contract.options,
+        options=subject.options,
         supports=contract.supports,
         causal_alignment=contract.causal_alignment,
         budget=0,

@@ -11,10 +11,15 @@ from attnproof.trials import JudgedCall
 
 __all__ = ["places", "ranges"]
 
+_QUERIES = ("batch entries", "heads", "queries", "columns")
+_KEYS = ("batch entries", "key heads", "keys", "columns")
 _NAMES = {
-    "softmax": ("batch entries", "heads", "queries", "columns"),
-    "logsumexp": ("rows",),
-    "softmax_rows": ("rows", "columns"),
+    "y": ("rows", "columns"),
+    **dict.fromkeys(("o", "lse", "dq"), _QUERIES),
+    **dict.fromkeys(("dk", "dv"), _KEYS),
+    "dbias": ("batch entries", "heads", "queries", "keys"),
+    "dalpha": ("heads", "queries", "keys"),
+    **dict.fromkeys(("dsinks", "dbeta", "dlam"), ("heads",)),
 }
 # More ranges than this on an axis are no pattern worth a sentence.
 _MOST = 4
@@ -25,7 +30,7 @@ def places(judged: JudgedCall) -> Iterator[str]:
     wrong = {name: wrong_elements(judged, name) for name in judged.outputs}
     bad = [name for name, mask in wrong.items() if mask.any()]
     for name in bad:
-        where = _where(wrong[name], _NAMES.get(judged.case.family, ()))
+        where = _where(wrong[name], _NAMES.get(name, ()))
         count, total = int(wrong[name].sum()), wrong[name].numel()
         if where:
             yield f"In {judged.case.id}, {count} of {total} elements of {name} are wrong: {'; '.join(where)}."

@@ -114,14 +114,23 @@ def storage_bits(tensor):
 
 CALLING = '''
 def call(kernel, build):
-    """Make one call: the outputs as they came, and the tensors that went in."""
-    arguments, keywords = build()
+    """Make one call: the outputs as they came, and the tensors that went in.
+
+    Gradients of the sum of outputs times cotangents follow the outputs where they are asked for.
+    """
+    arguments, keywords, cotangents = build()
     arguments = [moved(value) for value in arguments]
     keywords = {name: moved(value) for name, value in keywords.items()}
     tensors = [v for v in (*arguments, *keywords.values()) if isinstance(v, torch.Tensor)]
     before = [storage_bits(tensor).clone() for tensor in tensors]
+    if not DIFFERENTIATED:
+        return kernel(*arguments, **keywords), tensors, before
+    leaves = [tensors[number].requires_grad_() for number in DIFFERENTIATED]
     returned = kernel(*arguments, **keywords)
-    return returned, tensors, before
+    outputs = list(returned) if isinstance(returned, tuple) else [returned]
+    pairs = [(o, moved(c)) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
+    gradients = torch.autograd.grad([o for o, _ in pairs], leaves, [c for _, c in pairs])
+    return (*outputs, *gradients), tensors, before
 
 
 def canonical(returned):

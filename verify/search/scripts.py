@@ -20,7 +20,7 @@ from attnproof.properties.case import Case, Inputs
 from attnproof.search import script_parts as parts
 from attnproof.search.distortions import wrong_elements
 from attnproof.search.evidence import Evidence
-from attnproof.search.smaller_calls import tensors_of
+from attnproof.search.smaller_calls import numbers_of, tensors_of
 from attnproof.statistics import thresholds_for
 from attnproof.targets import Importable
 from attnproof.trials import Subject
@@ -80,8 +80,7 @@ def values_in_words(evidence: Evidence) -> tuple[str, ...]:
         more = ", …" if len(places) > _TOLD else ""
         count = f"{len(places)} of {tensor.numel()} entries {verb} not 0"
         lines.append(f"{name}: {count}: {', '.join(told)}{more}")
-    if "scale" in inputs.options:
-        lines.append(f"scale: {inputs.options['scale']!r}")
+    lines += [f"{name}: {value!r}" for name, value in numbers_of(inputs).items()]
     return tuple(lines)
 
 
@@ -97,6 +96,12 @@ class _Script:
             m.where != "element"
             for m in (evidence.judged.outcome.mutations if evidence.judged.outcome else ())
         )
+
+    @property
+    def _outputs(self) -> tuple[str, ...]:
+        """Names of all that is judged: what the kernel returns, then gradients."""
+        gradients = self.trial.gradients
+        return (*self.trial.problem.outputs, *(() if gradients is None else gradients.outputs))
 
     def text(self) -> str:
         """The whole source."""
@@ -155,7 +160,12 @@ class _Script:
                 keywords.append(f"{name!r}: {name}")
             else:
                 keywords.append(f"{name!r}: {value!r}")
-        lines.append(f"    return [{', '.join(names)}], {{{', '.join(keywords)}}}")
+        weights = []
+        for name, value in zip(trial.problem.outputs, request.cotangents, strict=False):
+            weights.append("None" if value is None else f"d{name}")
+            lines += [] if value is None else self._assigned(f"d{name}", value)
+        call = f"[{', '.join(names)}], {{{', '.join(keywords)}}}, [{', '.join(weights)}]"
+        lines.append(f"    return {call}")
         return "\n".join(lines)
 
     def _assigned(self, name: str, value: Any) -> list[str]:
@@ -183,9 +193,31 @@ class _Script:
         family, problem = self.trial.family, self.trial.problem
         dtypes = {name: family.output_dtype(name, self.trial.case.dtype) for name in problem.outputs}
         rows = [f"    ({name!r}, {problem.shape(name)}, torch.{dtype})," for name, dtype in dtypes.items()]
-        swap = [n for n in problem.outputs if self.subject.contract.layout == "bnhd" and n in family.sequence]
-        form = "\n".join(["# name, shape in layout (B, H, M, …), dtype", "OUTPUTS = [", *rows, "]"])
-        return f"{form}\nSWAPPED = {swap!r}  # outputs whose axes 1 and 2 come exchanged"
+        gradients = self.trial.gradients
+        asked = problem.differentiated if gradients is not None else ()
+        for name in asked:
+            dtype = str(problem.dtype).removeprefix("torch.")
+            rows.append(f"    ('d{name}', {problem.input_shape(name)}, torch.{dtype}),")
+        moved = self.subject.contract.layout == "bnhd"
+        swap = [n for n in problem.outputs if moved and n in family.sequence]
+        swap += [f"d{n}" for n in asked if moved and n in family.sequence]
+        order = list(self._request_names())
+        places = [order.index(name) for name in asked]
+        form = "\n".join(
+            ["# name, shape in layout (B, H, M, …), dtype; gradients last", "OUTPUTS = [", *rows, "]"]
+        )
+        return (
+            f"{form}\nSWAPPED = {swap!r}  # outputs whose axes 1 and 2 come exchanged"
+            f"\nDIFFERENTIATED = {places!r}  # tensors of the call whose gradients follow"
+        )
+
+    def _request_names(self) -> tuple[str, ...]:
+        """Names of the tensors of the call in the order in which the script counts them."""
+        request = trials.request_for(self.subject, self.trial, repeat=False)
+        named = [
+            n for n, v in zip(request.names, request.arguments, strict=False) if isinstance(v, torch.Tensor)
+        ]
+        return (*named, *[n for n, v in request.keywords.items() if isinstance(v, torch.Tensor)])
 
     def _checks(self) -> list[str]:
         """Functions from (outputs, arguments, keywords) to complaints, and the list of them."""
@@ -211,7 +243,7 @@ class _Script:
     def _elements(self) -> str:
         """Wrong elements with what is asked of each, worst first."""
         lines = []
-        for number, name in enumerate(self.trial.problem.outputs):
+        for number, name in enumerate(self._outputs):
             if name not in self.evidence.judged.outputs:
                 continue
             wrong = wrong_elements(self.evidence.judged, name)
@@ -234,7 +266,7 @@ class _Script:
         """Exact values and probable budgets of a row or of the whole output, with the threshold."""
         trial = self.trial
         exact, budget = trial.reference.outputs[name], trial.budgets[name]
-        axes = len(trial.problem.row_shape)
+        axes = trial.row_axes(name)
         wide = exact.value.dim() > axes
         limits = thresholds_for(
             trial.case.family,
@@ -254,7 +286,7 @@ class _Script:
             open_ = open_ | where
         probable = torch.where(open_, torch.inf, budget.probable)[place]
         fields = {
-            "@NUMBER@": str(trial.problem.outputs.index(name)),
+            "@NUMBER@": str(self._outputs.index(name)),
             "@PLACE@": repr(place),
             "@LIMIT@": repr(limit),
             "@STATISTIC@": repr(_STATISTICS[rule]),

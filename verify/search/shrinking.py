@@ -25,6 +25,7 @@ from attnproof.search.smaller_calls import (
     assembled,
     extents,
     kept,
+    numbers_of,
     recast,
     resized,
     supported,
@@ -166,10 +167,12 @@ class _Shrinker(Descent):
             return
         for name in [n for n, _ in self.case.options if n != "causal_alignment"]:
             self._variant(with_option(self.case, name))
+        if self.case.option("cotangents") not in (None, "ones") and self.best.judged.inputs is None:
+            self._variant(with_option(self.case, "cotangents", "ones"))
         if self.case.option("window") is not None:
             for side in (0, 1):
                 self._window_side(side)
-        if self.case.option("bias") is not None and self.best.judged.inputs is None:
+        if isinstance(self.case.option("bias"), str) and self.best.judged.inputs is None:
             any(self._variant(with_option(self.case, "bias", pattern)) for pattern in _PATTERNS)
         if self.case.option("softcap") is not None:
             self._variant(with_option(self.case, "softcap", 1.0))
@@ -189,8 +192,8 @@ class _Shrinker(Descent):
             return
         one = self._smallest_width()
         if "G" not in self.case.sizes:
-            self._smallest("R")
-            self._smallest("N")
+            for symbol in self.case.sizes:
+                self._smallest(symbol)
             return
         if self.case.option("cu_seqlens") is not None:
             self._pieces()
@@ -262,29 +265,34 @@ class _Shrinker(Descent):
             return
         if not self._bold_values():
             self._cut()
-        for name in ("q", "k", "bias", "sinks", "v", "x"):
+        for name in ("q", "k", "bias", "sinks", "beta", "lam", "alpha", "v", "x", "do", "dlse"):
             if name in self._tensors():
                 self._zero(name)
                 self._round(name)
         self._cut()
         if "scale" in self.best.inputs.options and self.best.inputs.options["scale"] != 1.0:
             inputs = self.best.inputs
-            self.attempt(self.case, assembled(self.case, tensors_of(inputs), 1.0))
+            numbers = {**numbers_of(inputs), "scale": 1.0}
+            self.attempt(self.case, assembled(self.case, tensors_of(inputs), numbers))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return tensors_of(self.best.inputs)
 
     def _put(self, **tensors: torch.Tensor) -> bool:
         """Try these values in place of the best call's."""
-        scale = self.best.inputs.options.get("scale")
-        return self.attempt(self.case, assembled(self.case, {**self._tensors(), **tensors}, scale))
+        numbers = numbers_of(self.best.inputs)
+        return self.attempt(self.case, assembled(self.case, {**self._tensors(), **tensors}, numbers))
 
     def _bold_values(self) -> bool:
         """A few calls so plain that they are worth a probe: everything 0 or 1 but the values."""
         tensors = self._tensors()
         if "q" not in tensors:
             return False
-        zero = {name: torch.zeros_like(tensors[name]) for name in tensors if name != "v"}
+        # A cotangent of 0 shows nothing.
+        zeroed = [
+            n for n in tensors if n != "v" and not (n.startswith("d") and n not in self.best.inputs.tensors)
+        ]
+        zero = {name: torch.zeros_like(tensors[name]) for name in zeroed}
         v = tensors["v"]
         ones = torch.ones_like(v)
         ramp = torch.zeros_like(v)

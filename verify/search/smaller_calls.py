@@ -14,6 +14,7 @@ import torch
 
 from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Supports
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.properties.views import lay_out, unit_last_stride
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "assembled",
     "extents",
     "kept",
+    "numbers_of",
     "recast",
     "resized",
     "supported",
@@ -29,40 +31,69 @@ __all__ = [
     "with_option",
 ]
 
-_AXES = {"q": "BHMD", "k": "BGND", "v": "BGNE", "bias": "BHMN", "sinks": "H", "x": "RN"}
+_BY_KEYWORD = {
+    "bias": ("B", "H", "M", "N"),
+    "sinks": ("H",),
+    "beta": ("H",),
+    "alibi_slopes": ("H",),
+}
+_FULL_PRECISION = ("alibi_slopes", "dlse")
+# Keywords that are numbers, and every call is given.
+_NUMBERS = ("scale", "eps")
 RANK = "H/G"
 """The axis of query heads that share one key/value head."""
 
 
 def tensors_of(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Every floating tensor of a call by name: the positional ones, then ``bias`` and ``sinks``."""
-    named = {name: inputs.options.get(name) for name in ("bias", "sinks")}
-    return {**inputs.tensors, **{name: t for name, t in named.items() if isinstance(t, torch.Tensor)}}
+    """Every floating tensor of a call by name: positional ones, those passed by keyword, cotangents ("do")."""
+    named = {name: inputs.options.get(name) for name in _BY_KEYWORD}
+    cotangents = {f"d{name}": tensor for name, tensor in inputs.cotangents.items()}
+    given = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
+    return {**inputs.tensors, **given, **cotangents}
 
 
-def assembled(case: Case, tensors: Mapping[str, torch.Tensor], scale: float | None) -> Inputs:
+def numbers_of(inputs: Inputs) -> dict[str, float]:
+    """The numbers that every call of the family is given, such as ``scale``."""
+    return {name: inputs.options[name] for name in _NUMBERS if name in inputs.options}
+
+
+def assembled(case: Case, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> Inputs:
     """The inputs of ``case`` with these values, in its dtype and memory layout.
 
     Args:
-        case: decides which options the call has; ``bias`` and ``sinks`` are taken from ``tensors``.
-        tensors: by name, of the shapes of ``case``; values are rounded to its dtype.
-        scale: the factor of q·k; None for a family that has none.
+        case: decides which options and cotangents the call has; their tensors are taken from ``tensors``.
+        tensors: by name as :func:`tensors_of` gives them, of the shapes of ``case``; values are rounded to
+            its dtype.
+        numbers: as :func:`numbers_of` gives them.
     """
-    laid = {name: lay_out(tensor.to(case.torch_dtype), case.view, name) for name, tensor in tensors.items()}
-    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    laid = {
+        name: lay_out(tensor if name in _FULL_PRECISION else tensor.to(case.torch_dtype), case.view, name)
+        for name, tensor in tensors.items()
+    }
+    form = SIGNATURES[case.family]
+    options: dict[str, Any] = dict(numbers)
+    if "pool" in form.required:
+        options["pool"] = (1,) * case["H"]
     for name, value in case.options:
-        if name in ("bias", "sinks"):
+        if name in _BY_KEYWORD and name in laid:
             options[name] = laid[name]
         elif name == "cu_seqlens":
             options[name] = torch.tensor([0, *itertools.accumulate(value)], dtype=torch.int32)
-        elif name != "causal_alignment":
+        elif name == "variance":
+            options[name] = False
+        elif name not in ("causal_alignment", "cotangents"):
             options[name] = value
-    return Inputs({name: laid[name] for name in tensors if name not in ("bias", "sinks")}, options)
+    asked = case.option("cotangents") is not None
+    kept = [
+        n for n in form.outputs if asked and f"d{n}" in laid and (n != "lse" or case.option("return_lse"))
+    ]
+    cotangents = {name: laid[f"d{name}"] for name in kept}
+    return Inputs({name: laid[name] for name in form.tensors}, options, cotangents)
 
 
 def recast(case: Case, inputs: Inputs) -> Inputs:
     """``inputs`` under a case of the same shape with fewer options, another layout, dtype or window."""
-    return assembled(case, tensors_of(inputs), inputs.options.get("scale"))
+    return assembled(case, tensors_of(inputs), numbers_of(inputs))
 
 
 def with_option(case: Case, name: str, value: Any = None) -> Case:
@@ -81,7 +112,10 @@ def resized(case: Case, **sizes: int) -> Case:
         ends = [min(end, shape["N"]) for end in itertools.accumulate(lengths)]
         lengths = tuple(b - a for a, b in itertools.pairwise([0, *ends]))
         shape["M"] = shape["N"] = sum(lengths)
-    options = tuple((n, lengths if n == "cu_seqlens" else value) for n, value in case.options)
+    changed = {"cu_seqlens": lengths}
+    if (pools := case.option("pool")) is not None:
+        changed["pool"] = tuple(itertools.islice(itertools.cycle(pools), shape["H"]))
+    options = tuple((n, changed.get(n, value)) for n, value in case.options)
     return replace(case, shape=tuple(shape.items()), options=options)
 
 
@@ -95,8 +129,7 @@ def supported(case: Case, supports: Supports) -> bool:
         return False
     if supports.nonempty and not all(sizes.values()):
         return False
-    axes = 4 if widths else 2
-    if supports.last_stride_one and not unit_last_stride(case.view, axes):
+    if supports.last_stride_one and not unit_last_stride(case.view, SIGNATURES[case.family].axes):
         return False
     return sizes["N"] % supports.multiple_of == 0
 
@@ -129,16 +162,29 @@ def kept(case: Case, inputs: Inputs, keep: Mapping[str, Sequence[int]]) -> tuple
         bounds = itertools.pairwise([0, *itertools.accumulate(lengths)])
         pieces = [sum(a <= i < b for i in index["N"]) for a, b in bounds]
         options["cu_seqlens"] = tuple(pieces)
+    if "pool" in options:
+        options["pool"] = tuple(options["pool"][head] for head in index["H"])
+    if "D" in size:
+        index["2D"] = [*index["D"], *[size["D"] + place for place in index["D"]]]
     tensors = {}
     for name, tensor in tensors_of(inputs).items():
-        for axis, symbol in enumerate(_AXES[name]):
+        for axis, symbol in enumerate(_axes(case.family, name)):
             # A bias of extent 1 is broadcast along that axis.
-            if tensor.shape[axis] == case[symbol]:
+            whole = 2 * case["D"] if symbol == "2D" else case[symbol]
+            if tensor.shape[axis] == whole:
                 tensor = tensor.index_select(axis, torch.tensor(index[symbol], dtype=torch.int64))
         tensors[name] = tensor
     shape = {symbol: len(index[symbol]) for symbol in case.sizes}
     smaller = replace(case, shape=tuple(shape.items()), options=tuple(options.items()))
-    return smaller, assembled(smaller, tensors, inputs.options.get("scale"))
+    return smaller, assembled(smaller, tensors, numbers_of(inputs))
+
+
+def _axes(family: str, name: str) -> tuple[str, ...]:
+    """The symbols of a tensor's axes."""
+    form = SIGNATURES[family]
+    if name in form.tensors:
+        return form.tensors[name]
+    return _BY_KEYWORD[name] if name in _BY_KEYWORD else form.outputs[name.removeprefix("d")]
 
 
 def _power_of_two(x: torch.Tensor) -> torch.Tensor:

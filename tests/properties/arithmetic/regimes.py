@@ -75,6 +75,10 @@ MODERATE = ("normal", "tiny", "subnormal", "cancellation", "one-hot", "ties")
 SCALE = -0.1234567890123456789
 
 
+# Operations whose result is exact for exact arguments.
+EXACT_OPERATIONS = ("relu", "step", "reshape", "permute")
+
+
 def _matmul(arithmetic: Arithmetic[Any], a: Any, b: Any) -> Any:
     return arithmetic.matmul(a, arithmetic.transpose(b))
 
@@ -91,14 +95,21 @@ OPERATIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "exp": (1, lambda arithmetic, a: arithmetic.exp(a)),
     "log": (1, lambda arithmetic, a: arithmetic.log(a)),
     "tanh": (1, lambda arithmetic, a: arithmetic.tanh(a)),
+    "sigmoid": (1, lambda arithmetic, a: arithmetic.sigmoid(a)),
+    "sigmoid_slope": (1, lambda arithmetic, a: arithmetic.sigmoid_slope(a)),
+    "sqrt": (1, lambda arithmetic, a: arithmetic.sqrt(a)),
+    "relu": (1, lambda arithmetic, a: arithmetic.relu(a)),
+    "step": (1, lambda arithmetic, a: arithmetic.step(a)),
+    "reshape": (1, lambda arithmetic, a: arithmetic.reshape(a, (-1, 2))),
+    "permute": (1, lambda arithmetic, a: arithmetic.permute(a, (1, 0))),
 }
 
 
 def arguments(operation: str, regime: str, shape: tuple[int, ...], seed: int) -> list[torch.Tensor]:
-    """Random arguments of one operation; a logarithm's are positive."""
+    """Random arguments of one operation; a logarithm's and a square root's are positive."""
     random = torch.Generator().manual_seed(seed)
     drawn = [REGIMES[regime](random, shape) for _ in range(OPERATIONS[operation][0])]
-    if operation == "log":
+    if operation in ("log", "sqrt"):
         return [a.abs().clamp(min=2.0**-1074) for a in drawn]
     return drawn
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from itertools import permutations
 
+import flint
+import numpy as np
 import pytest
 import torch
 
@@ -108,7 +110,54 @@ def test_radii_of_ordinary_numbers_are_a_few_ulps(operation: str) -> None:
     if operation in ("sub", "log"):
         assert float(result.radius.max()) <= 2.0**-50
     else:
-        assert widest_ulps(result) <= {"matmul": 12, "sum": 14}.get(operation, 5)
+        assert widest_ulps(result) <= {"matmul": 12, "sum": 14, "sigmoid_slope": 9}.get(operation, 5)
+
+
+WIDE_CENTRES = (*(sign * 2.0**e for sign in (-1, 1) for e in (-1070, -60, -3, 0, 2, 5, 9, 9.5, 1000)), 0.0)
+WIDE_RADII = (0.0, *(2.0**e for e in (-1074, -300, -50, -20, -2, 0, 1, 4, 8, 9.6, 1023)))
+
+
+@pytest.mark.parametrize("operation", ["sigmoid", "sigmoid_slope", "sqrt", "relu", "step"])
+def test_wide_balls_hold_the_images_of_all_their_points(operation: str) -> None:
+    """Balls of every width about every centre, on one side of 0, touching it and across it."""
+    centres = torch.tensor(WIDE_CENTRES, dtype=torch.float64)[:, None]
+    radii = torch.tensor(WIDE_RADII, dtype=torch.float64)
+    centres, radii = torch.broadcast_tensors(torch.cat([centres, -centres * 0.7]), radii)
+    touching = torch.stack([centres[:, 0], centres[:, 0].abs()])
+    centres, radii = (torch.cat([a.flatten(), b]) for a, b in zip((centres, radii), touching, strict=True))
+    # Digits enough for a point of a ball, from 2^1024 down to 2^-1104, to be exact.
+    exact, balls, fast = MpmathArithmetic(700), ArbArithmetic(192), EnclosureArithmetic()
+    apply = OPERATIONS[operation][1]
+    quick = fast.enclosure(apply(fast, Ball(centres, radii)))
+    about_zero = np.array([flint.arb(0, r) for r in radii.tolist()], dtype=object)
+    proved = apply(balls, balls.add(balls.exact(centres), about_zero))
+    across = torch.zeros_like(centres, dtype=torch.bool)
+    for fraction in (-1.0, -0.875, -0.5, -(2.0**-30), 0.0, 2.0**-30, 0.25, 1.0):
+        point = exact.add(exact.exact(centres), exact.exact(radii * fraction))
+        truth = apply(exact, point)
+        known = torch.tensor([bool(exact.context.isfinite(x)) for x in truth])
+        across |= ~known
+        assert bool((enclosure_contains(quick, truth) | ~known).all())
+        assert bool((ball_contains(proved, truth) | ~known).all())
+        assert bool((enclosure_contains(balls.enclosure(proved), truth) | ~known).all())
+    assert bool(quick.radius[across].isinf().all())
+    assert bool(balls.enclosure(proved).radius[across].isinf().all())
+    if operation in ("sigmoid", "sigmoid_slope", "step"):
+        for stated in (quick, balls.enclosure(proved)):
+            assert float(stated.radius.max()) <= {"sigmoid_slope": 0.26}.get(operation, 1.01)
+    if operation == "sqrt":
+        assert bool(quick.radius[(centres >= radii)].isfinite().all())
+
+
+@pytest.mark.parametrize("arithmetic", [ArbArithmetic(64), EnclosureArithmetic()], ids=lambda a: a.name)
+@pytest.mark.parametrize(("operation", "tail"), [("sigmoid", (-1,)), ("sigmoid_slope", (-1, 1))])
+def test_the_tails_of_the_sigmoid_keep_their_relative_accuracy(
+    arithmetic: ArbArithmetic | EnclosureArithmetic, operation: str, tail: tuple[int, ...]
+) -> None:
+    for sign in tail:
+        numbers = sign * torch.tensor([20.0, 40.0, 300.0, 700.0], dtype=torch.float64)
+        stated = arithmetic.enclosure(OPERATIONS[operation][1](arithmetic, arithmetic.exact(numbers)))
+        assert bool((stated.radius <= 2.0**-49 * stated.value).all())
 
 
 @pytest.mark.parametrize(("digits", "bits"), PRECISIONS)

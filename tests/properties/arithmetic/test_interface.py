@@ -92,7 +92,7 @@ def test_masked_entries_are_exact_whatever_they_hid(arithmetic: Arithmetic[Any])
 def test_no_nan_escapes_at_the_ends_of_float64(arithmetic: Arithmetic[Any], operation: str) -> None:
     count, apply = OPERATIONS[operation]
     if count == 1:
-        value = apply(arithmetic, arithmetic.exact(EXTREMES))
+        value = apply(arithmetic, arithmetic.exact(torch.stack([EXTREMES, EXTREMES])))
     elif operation == "matmul":
         pairs = torch.cartesian_prod(EXTREMES, EXTREMES)
         value = apply(arithmetic, arithmetic.exact(pairs), arithmetic.exact(pairs[:20]))
@@ -148,6 +148,96 @@ def test_empty_axes(arithmetic: Arithmetic[Any], batch: tuple[int, ...]) -> None
     assert total.value.eq(0).all()
     nothing = arithmetic.enclosure(arithmetic.exp(arithmetic.exact(torch.zeros(*batch, 0, 4))))
     assert nothing.radius.shape == (*batch, 0, 4)
+
+
+@ALL
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_elements_are_taken_by_every_operation(arithmetic: Arithmetic[Any], operation: str) -> None:
+    count, apply = OPERATIONS[operation]
+    for shape in ((0, 4), (0, 0) if operation == "matmul" else (0, 2)):
+        nothing = arithmetic.exact(torch.zeros(shape))
+        # Beside an exact value also one that has been computed, and so carries a radius.
+        for value in (nothing, arithmetic.exp(nothing)):
+            assert arithmetic.enclosure(apply(arithmetic, *[value] * count)).radius.numel() == 0
+
+
+@ALL
+def test_reshape_and_permute_move_elements_as_torch_does(arithmetic: Arithmetic[Any]) -> None:
+    numbers = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for value, centres in (
+        (arithmetic.exact(numbers), numbers),
+        (arithmetic.scaled(arithmetic.exact(numbers), 1.0), numbers),
+    ):
+        radii = arithmetic.enclosure(value).radius
+        for shape in ((6, 20), (-1,), (2, 3, -1, 1), (2, -1, 5), (120, 1)):
+            stated = arithmetic.enclosure(arithmetic.reshape(value, shape))
+            assert torch.equal(stated.value, centres.reshape(shape))
+            assert torch.equal(stated.radius, radii.reshape(shape))
+        for axes in ((0, 2, 1, 3), (3, 0, 1, 2), (-1, 0, -2, 1), (0, 1, 2, 3)):
+            permuted = arithmetic.permute(value, axes)
+            stated = arithmetic.enclosure(permuted)
+            assert torch.equal(stated.value, centres.permute(axes))
+            assert torch.equal(stated.radius, radii.permute(axes))
+            again = arithmetic.enclosure(arithmetic.reshape(permuted, (12, 10)))
+            assert torch.equal(again.value, centres.permute(axes).reshape(12, 10))
+    scalar = arithmetic.reshape(arithmetic.exact(torch.ones(1, 1)), ())
+    assert arithmetic.shape(scalar) == arithmetic.shape(arithmetic.permute(scalar, ())) == ()
+    nothing = arithmetic.exact(torch.zeros(0, 3))
+    assert arithmetic.shape(arithmetic.reshape(nothing, (2, 0, 7))) == (2, 0, 7)
+    assert arithmetic.shape(arithmetic.reshape(nothing, (-1, 3))) == (0, 3)
+
+
+@ALL
+@pytest.mark.parametrize("shape", [(5,), (4, -1), (-1, -1), (-2, -3), (0, -1), (7, 0)])
+def test_reshape_names_a_shape_that_does_not_fit(arithmetic: Arithmetic[Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"reshape\(a, shape\): shape is \(.*\), a's is \(2, 3\)"):
+        arithmetic.reshape(arithmetic.exact(torch.ones(2, 3)), shape)
+
+
+@ALL
+def test_reshape_of_nothing_does_not_guess_a_length(arithmetic: Arithmetic[Any]) -> None:
+    with pytest.raises(ValueError, match=r"reshape\(a, shape\)"):
+        arithmetic.reshape(arithmetic.exact(torch.ones(2, 0)), (0, -1))
+
+
+@ALL
+@pytest.mark.parametrize("axes", [(0,), (0, 0), (0, 2), (1, -1), (0, -3), (0, 1, 2)])
+def test_permute_names_axes_that_do_not_fit(arithmetic: Arithmetic[Any], axes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"permute\(a, axes\): axes is .*each of the 2 axes"):
+        arithmetic.permute(arithmetic.exact(torch.ones(2, 3)), axes)
+
+
+@ALL
+def test_step_and_relu_take_zero_as_pytorch_does(arithmetic: Arithmetic[Any]) -> None:
+    numbers = torch.tensor([-1e300, -5e-324, -0.0, 0.0, 5e-324, 3.0], dtype=torch.float64)
+    value = arithmetic.exact(numbers)
+    assert arithmetic.enclosure(arithmetic.step(value)).value.tolist() == [0, 0, 0, 0, 1, 1]
+    assert torch.equal(arithmetic.enclosure(arithmetic.relu(value)).value, numbers.clamp(min=0))
+
+
+@PROVED
+def test_what_is_known_of_a_function_of_the_unknown(arithmetic: Arithmetic[Any]) -> None:
+    """A sigmoid, its slope and a step are bounded whatever their argument is; a root and a relu are not."""
+    zero = arithmetic.exact(torch.zeros(3, dtype=torch.float64))
+    unknown = arithmetic.div(zero, zero)
+    for name, low, high in (("sigmoid", 0.0, 1.0), ("sigmoid_slope", 0.0, 0.25), ("step", 0.0, 1.0)):
+        stated = arithmetic.enclosure(OPERATIONS[name][1](arithmetic, unknown))
+        assert bool((stated.value - stated.radius <= low).all())
+        assert bool((stated.value + stated.radius >= high).all())
+        assert bool((stated.radius <= 1.01 * (high - low)).all())
+    for name in ("sqrt", "relu"):
+        assert bool(arithmetic.enclosure(OPERATIONS[name][1](arithmetic, unknown)).radius.isinf().all())
+    negative = arithmetic.exact(torch.tensor([-5e-324, 0.0, 4.0], dtype=torch.float64))
+    roots = arithmetic.enclosure(arithmetic.sqrt(negative))
+    assert roots.radius.isinf().tolist() == [True, False, False]
+    assert roots.value[1:].tolist() == [0.0, 2.0]
+
+
+@ALL
+def test_what_is_stored_is_not_rounded_in_exact_arithmetics(arithmetic: Arithmetic[Any]) -> None:
+    value = arithmetic.exact(torch.tensor([0.1], dtype=torch.float64))
+    for kind in ("scores", "probabilities", "dscores", "lse", "state", "output", "operand"):
+        assert arithmetic.store(value, kind) is value
 
 
 @ALL

@@ -1,0 +1,182 @@
+"""Budgets of softmax attention's gradients, from the structure that backward kernels share.
+
+A kernel recomputes P = exp(S − L) from a stored log-sum-exp L, so that P errs by its logits and by L; it
+takes δ = Σ dO∘O from the *stored* output O, or Σ p dP; dP and dS are stored in the declared ``dscores``
+format. All else is the family's own backward formula over the arithmetic of budgets (``propagation``).
+
+Two errors are common to a row and do not average out over its keys: that of δ moves dQ by Σ p k, the mean of
+K, and that of L moves it along dQ itself. They are added to the variance of dQ as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnproof.properties.arithmetic.base import Enclosure
+from attnproof.properties.budgets.base import dtype_name
+from attnproof.properties.budgets.propagation import Estimate, Propagation
+from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
+from attnproof.properties.budgets.rows import normaliser_shift
+from attnproof.properties.budgets.softmax import PROBES, Weighing, query_rounding, weighing
+from attnproof.properties.contract import Contract
+
+if TYPE_CHECKING:
+    from attnproof.properties.families.softmax import SoftmaxProblem
+
+__all__ = ["attention_gradient_estimates"]
+
+_LARGEST_EXPONENT = 700.0
+
+
+def attention_gradient_estimates(
+    problem: SoftmaxProblem,
+    reference: Mapping[str, Enclosure],
+    contract: Contract,
+    cotangents: Mapping[str, torch.Tensor],
+) -> dict[str, Estimate]:
+    """Gradients "dq", "dk", … with the errors of a kernel under ``contract``, before they are stored."""
+    r = Roundings.of(contract, dtype_name(problem.dtype))
+    a = Propagation(r)
+    q, k, v = problem.computed(r) or problem.operands(a)
+    do = a.exact(cotangents["o"])
+    w = weighing(problem, r)
+    keys = problem.seen.shape[-1]
+    p, common = _weights(w, r)
+    tanh = problem.capped(a, q, k)
+    dp = a.store(a.matmul(do, a.transpose(v)), "dscores")
+    delta = _delta(problem, reference, contract, a, p, dp, cotangents)
+    own = Estimate(p.value[..., :keys], p.certain[..., :keys], p.variance[..., :keys], _first(p.lost, keys))
+    ds = a.masked(a.mul(own, a.sub(dp, delta)), problem.seen)
+    independent = replace(ds, variance=ds.spread + ds.value.square() * common)
+    found = problem.backward(a, (q, k), a.masked(_raised(own, common), problem.seen), independent, do, tanh)
+    found["dq"] = _with_common_errors(problem, found["dq"], own, delta, common)
+    if max(r.operand, r.input) > 2.0**-20:
+        _add_operand_response(problem, r, w, own.value, dp.value, found)
+    if problem.sinks is not None:
+        sink = Estimate(
+            p.value[..., keys:],
+            p.certain[..., keys:],
+            p.variance[..., keys:],
+            _first(p.lost, keys, rest=True),
+        )
+        found["dsinks"] = problem.sink_gradient(a, _raised(sink, common), delta)
+    return found
+
+
+def _first(marks: torch.Tensor | None, keys: int, *, rest: bool = False) -> torch.Tensor | None:
+    if marks is None:
+        return None
+    return marks[..., keys:] if rest else marks[..., :keys]
+
+
+def _weights(w: Weighing, r: Roundings) -> tuple[Estimate, torch.Tensor]:
+    """P recomputed from L, (B, H, M, N + sink), with what errs key by key in its variance.
+
+    Also the variance, relative to P and (B, H, M, 1), of what errs for all keys of a row alike.
+    """
+    row = w.row
+    size = row.lse.abs() + 1.0
+    _, shift = normaliser_shift(row, w.certain)
+    normaliser = shift + growth(2.0 * row.count + 8.0, r.accumulate)
+    stored = (8.0 * r.elementwise + 2.0 * r.lse) * size
+    argument = 2.0 * r.elementwise * torch.where(row.x > -torch.inf, row.x.abs(), 0.0)
+    error = torch.where(row.x > -torch.inf, w.certain + normaliser + stored + argument, 0.0)
+    certain = row.p * torch.expm1(error.clamp(max=_LARGEST_EXPONENT))
+    certain = torch.where(row.x > -torch.inf, certain + r.probabilities_tiny, 0.0)
+    lost = (row.log_p + error > 80.0) & (row.x > -torch.inf)
+    variance = row.p.square() * w.variance
+    common = (row.p.square() * w.variance).sum(-1, keepdim=True)
+    common = common + ((2.0 * r.elementwise + r.lse) * size).square() / 3.0
+    common = common + row.count / 3.0 * MEAN_SQUARE * r.accumulate**2
+    return Estimate(row.p, certain, variance, lost if bool(lost.any()) else None), common
+
+
+def _raised(p: Estimate, common: torch.Tensor) -> Estimate:
+    """P with the common errors of its row counted as its own, for sums over queries."""
+    return replace(p, variance=p.spread + p.value.square() * common)
+
+
+def _delta(
+    problem: SoftmaxProblem,
+    reference: Mapping[str, Enclosure],
+    contract: Contract,
+    a: Propagation,
+    p: Estimate,
+    dp: Estimate,
+    cotangents: Mapping[str, torch.Tensor],
+) -> Estimate:
+    """δ (B, H, M, 1), less dlse; from the stored O, or by Σ p dP if that is worse."""
+    budget = problem.budgets(reference, contract)["o"]
+    o = reference["o"].value.nan_to_num(0.0)
+    known = budget.certain.isfinite() & ~budget.open
+    stored = Estimate(
+        o,
+        torch.where(known, budget.certain, 0.0),
+        torch.where(known, budget.probable.square(), 0.0),
+        None if bool(known.all()) else ~known,
+    )
+    delta = a.sum(a.mul(a.exact(cotangents["o"]), stored))
+    keys = dp.value.shape[-1]
+    own = Estimate(p.value[..., :keys], p.certain[..., :keys], p.variance[..., :keys])  # type: ignore[index]
+    direct = a.sum(a.masked(a.mul(own, dp), problem.seen))
+    delta = replace(delta, certain=torch.maximum(delta.bound, direct.bound))
+    if "lse" in cotangents:
+        delta = a.sub(delta, a.exact(cotangents["lse"].unsqueeze(-1)))
+    return delta
+
+
+def _with_common_errors(
+    problem: SoftmaxProblem, dq: Estimate, p: Estimate, delta: Estimate, common: torch.Tensor
+) -> Estimate:
+    """dq with the errors that all keys of a row share: δ's moves it by Σ p k, L's along itself."""
+    if problem.softcap is not None:
+        return replace(dq, variance=dq.spread * 2.0 + _through_cap(problem, dq, p, delta, common))
+    mean = p.value @ problem.keys().double()
+    shared = delta.spread * (problem.scale * mean).square() + common * dq.value.square()
+    return replace(dq, variance=dq.spread + shared)
+
+
+def _through_cap(
+    problem: SoftmaxProblem, dq: Estimate, p: Estimate, delta: Estimate, common: torch.Tensor
+) -> torch.Tensor:
+    """The same where each dS is multiplied by 1 − tanh²."""
+    q, keys = problem.queries().double(), problem.keys().double()
+    assert problem.softcap is not None
+    slope = 1.0 - torch.tanh(q @ keys.mT * (problem.scale / problem.softcap)).square()
+    mean = (p.value * slope) @ keys
+    return delta.spread * (problem.scale * mean).square() + common * dq.value.square()
+
+
+def _add_operand_response(
+    problem: SoftmaxProblem,
+    r: Roundings,
+    w: Weighing,
+    p: torch.Tensor,
+    dp: torch.Tensor,
+    found: dict[str, Estimate],
+) -> None:
+    """Adds the response of dq and dk to rounded queries, one error for all keys of a row, sampled.
+
+    dS' = p (t − t̄)(dP − δ) − p Σ p (t − t̄) dP for a change t of the logits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sigma = query_rounding(problem, r, w.logits.q)
+    keys, queries = problem.keys().double(), problem.queries().double()
+    centred = dp - (p * dp).sum(-1, keepdim=True)
+    dq, dk = torch.zeros_like(found["dq"].value), torch.zeros_like(found["dk"].value)
+    batch, groups = dk.shape[:2]
+    for _ in range(PROBES // 4):
+        signs = torch.randint(0, 2, (queries.shape[-1],), generator=generator).double() * 2.0 - 1.0
+        t = (sigma * signs) @ keys.mT
+        t = t - (p * t).sum(-1, keepdim=True)
+        moved = p * (t * centred - (p * t * centred).sum(-1, keepdim=True)) * problem.scale
+        dq += (moved @ keys).square()
+        parts = moved.mT.square() @ queries.square()
+        dk += parts.reshape(batch, groups, -1, *dk.shape[2:]).sum(2)
+    for name, response in (("dq", dq), ("dk", dk)):
+        estimate = found[name]
+        found[name] = replace(estimate, variance=estimate.spread + response / (PROBES // 4))
