@@ -241,7 +241,7 @@ class _Diagnosis:
         wrong = [base.dtype, *[dtype for dtype, verdict in verdicts.items() if verdict == "FAIL"]]
         if right:
             yield f"Wrong in {_listed(wrong)}, right in {_listed(right)}."
-        for name in [n for n, _ in base.options if n != "causal_alignment"]:
+        for name in [n for n, _ in base.options if n not in ("causal_alignment", "cotangents", "pool")]:
             if self._verdict(with_option(base, name)) == "PASS":
                 yield f"Right without {name}, wrong with it."
         if base.view != "contiguous" and self._verdict(replace(base, view="contiguous")) == "PASS":
@@ -262,7 +262,8 @@ def _name(words: str) -> str:
 
 
 def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}."
+    """A sentence; the name of an output stays as it is written."""
+    return f"{words}." if re.match(r"(o|y|lse|d[a-z]+) ", words) else f"{words[0].upper()}{words[1:]}."
 
 
 def _listed(names: Sequence[str]) -> str:

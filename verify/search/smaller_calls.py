@@ -45,7 +45,7 @@ RANK = "H/G"
 
 
 def tensors_of(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Every floating tensor of a call by name: positional ones, those passed by keyword, cotangents ("do")."""
+    """Every floating tensor of a call by name: positional, passed by keyword, cotangents as "do"."""
     named = {name: inputs.options.get(name) for name in _BY_KEYWORD}
     cotangents = {f"d{name}": tensor for name, tensor in inputs.cotangents.items()}
     given = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
