@@ -20,6 +20,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "ContractError",
     "KeyBand",
+    "check_alibi_slopes",
     "check_attention_tensors",
     "check_block",
     "check_choice",
@@ -134,6 +135,32 @@ def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, kernel: str) -> Non
         )
     if sinks.device != q.device:
         raise ContractError(f"{kernel}: sinks is on {sinks.device} while q is on {q.device}: move it there")
+
+
+def check_alibi_slopes(slopes: torch.Tensor, q: torch.Tensor, kernel: str) -> torch.Tensor:
+    """``slopes``; raise unless it is a constant of one float32 number a query head, (H,)."""
+    if (
+        not isinstance(slopes, torch.Tensor)
+        or slopes.dtype != torch.float32
+        or tuple(slopes.shape) != (q.shape[1],)
+    ):
+        form = (
+            f"{slopes.dtype} of shape {tuple(slopes.shape)}"
+            if isinstance(slopes, torch.Tensor)
+            else type(slopes).__name__
+        )
+        raise ContractError(
+            f"{kernel}: alibi_slopes is {form}: expected float32, one a query head, ({q.shape[1]},)"
+        )
+    if slopes.device != q.device:
+        raise ContractError(
+            f"{kernel}: alibi_slopes is on {slopes.device} while q is on {q.device}: move it there"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ContractError(
+            f"{kernel}: alibi_slopes requires a gradient, and gets none: pass alibi_slopes.detach()"
+        )
+    return slopes
 
 
 def check_splits(splits: int | None, kernel: str) -> None:

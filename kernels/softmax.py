@@ -1,4 +1,4 @@
-"""Softmax attention, forward: FlashAttention with an online softmax, and its split-KV form for decoding.
+"""Softmax attention: FlashAttention with an online softmax, and its split-KV form for decoding.
 
     o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij − L_i),   L_i = log Σ_j exp s_ij,   s_ij = scale · q_i·k_j
 
@@ -23,12 +23,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from attnproof.kernels.arguments import (
+    check_alibi_slopes,
     check_attention_tensors,
     check_block,
     check_choice,
@@ -44,7 +47,7 @@ from attnproof.kernels.merge import merged
 from attnproof.kernels.tiles import ALIGNED, Tiles, memory_layout, padded_width, tiles_for
 from attnproof.properties.contract import Contract, Precision, Supports, promises
 
-__all__ = ["attention", "attention_split"]
+__all__ = ["attention", "attention_atomic", "attention_split"]
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -53,9 +56,9 @@ INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 
 # Sizes and strides are run-time values: what depends on them is told to the compiler by LAYOUT alone.
 RUNTIME = [
-    "p_bias", "p_sinks", "p_cu", "p_o", "p_lse", "s_qb", "s_qh", "s_qm", "s_qd", "s_kb", "s_kh", "s_kn",
-    "s_kd", "s_vb", "s_vh", "s_vn", "s_ve", "s_bb", "s_bh", "s_bm", "s_bn", "s_sink", "s_split", "H",
-    "GROUP", "M", "N", "D", "E", "left", "right", "split_tiles",
+    "p_bias", "p_sinks", "p_cu", "p_o", "p_lse", "p_alibi", "p_max", "p_scale", "s_qb", "s_qh", "s_qm",
+    "s_qd", "s_kb", "s_kh", "s_kn", "s_kd", "s_vb", "s_vh", "s_vn", "s_ve", "s_bb", "s_bh", "s_bm",
+    "s_bn", "s_sink", "s_split", "H", "GROUP", "M", "N", "D", "E", "left", "right", "split_tiles",
 ]  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def attention_kernel(
     s_bb: tl.int64, s_bh: tl.int64, s_bm: tl.int64, s_bn: tl.int64,
     s_sink: tl.int64, s_split: tl.int64,
     H, GROUP, M, N, D, E, left, right, split_tiles,
-    score_scale, cap,
+    score_scale, cap, p_alibi, p_max, p_scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     PAD_D: tl.constexpr, PAD_E: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
@@ -178,6 +181,8 @@ def attention_kernel(
     if p_sinks is not None:
         b_max = tl.zeros_like(b_max) + tl.load(p_sinks + i_h * s_sink).to(tl.float32) * (LOG2E / UNIT)
         b_sum += 1.0  # exp2(0); where the sink is −inf the first key scales it away
+    if p_alibi is not None:
+        b_slope = tl.load(p_alibi + i_h) * (LOG2E / UNIT)
 
     t0, t1, f0, f1 = tile_range(i_m, i_s, n_q, n_k, left, right, split_tiles, LEFT, RIGHT, BM, BN)
     if p_bias is not None:
@@ -196,6 +201,8 @@ def attention_kernel(
             b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * score_scale
             if SOFTCAP:
                 b_s = capped(b_s) * cap
+            if p_alibi is not None:
+                b_s -= b_slope * tl.abs(o_m[:, None] + (n_k - n_q) - i_n - o_n[None, :]).to(tl.float32)
             if EDGE:
                 m_s = m_n[None, :]
                 if LEFT:
@@ -232,15 +239,32 @@ def attention_kernel(
     o_row = i_row + o_m
     tl.store(p_o + (o_row * E)[:, None] + o_e[None, :], b_o.to(p_o.dtype.element_ty), mask=m_oe)
     tl.store(p_lse + o_row, b_lse, mask=m_q)
+    if p_max is not None:  # for the backward pass; a row without keys leaves 0 and 0
+        tl.store(p_max + o_row, tl.where(b_max == -INF, 0.0, b_max), mask=m_q)
+        tl.store(p_scale + o_row, tl.where(b_max == -INF, 0.0, 1.0 / b_total), mask=m_q)
 
 
 # Stricter than the default for half precision: q and k enter their matmul as they are, scaled afterwards.
 SOFTMAX = Contract(
     family="softmax",
     precision=Precision(matmul_input="ieee"),
-    options=("causal", "window", "softcap", "bias", "sinks", "cu_seqlens", "return_lse"),
+    options=("causal", "window", "softcap", "bias", "alibi_slopes", "sinks", "cu_seqlens", "return_lse"),
     supports=Supports(max_head_dim=256),
 )
+
+
+class Call(NamedTuple):
+    """What a call of :func:`attention` asks for, apart from its tensors, and how dQ is summed."""
+
+    scale: float
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    causal_alignment: str = "bottom-right"
+    input_precision: str = "ieee"
+    block_m: int | None = None
+    block_n: int | None = None
+    atomic: bool = False
 
 
 @promises(SOFTMAX)
@@ -256,6 +280,7 @@ def attention(
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
     causal_alignment: str = "bottom-right",
     input_precision: str = "ieee",
@@ -263,6 +288,9 @@ def attention(
     block_n: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of q (B,H,M,D) over k (B,G,N,D), v (B,G,N,E), in one pass over the keys.
+
+    Differentiable, once, in q, k, v, bias and sinks, by o and by lse; see
+    :mod:`attnproof.kernels.softmax_backward`. Nothing is kept for that where no input requires a gradient.
 
     Args:
         q, k, v: float32, float16 or bfloat16, all three alike; any strides; D and E from 1 to 256; H a
@@ -276,6 +304,8 @@ def attention(
         sinks: (H,) one more logit in each row's normaliser, without a value.
         cu_seqlens: (P+1,) int32, for B = 1 and M = N: P sequences packed one after the other; a bias keeps
             the packed positions.
+        alibi_slopes: (H,) float32, a constant: −slope_h·abs(i + N − M − j) is added to scores beside the
+            bias.
         return_lse: also return the log of the normaliser.
         causal_alignment: see ``causal``.
         input_precision: "ieee", or "tf32" for float32 operands rounded to tf32.
@@ -288,22 +318,120 @@ def attention(
         ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64 and for D or E above 256.
     """
+    call = Call(scale, causal, window, softcap, causal_alignment, input_precision, block_m, block_n)
+    o, lse = attended(call, q, k, v, bias, sinks, alibi_slopes, cu_seqlens)
+    return (o, lse) if return_lse else o
+
+
+@promises(dataclasses.replace(SOFTMAX, deterministic=False))
+def attention_atomic(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attention` with a backward pass that adds the parts of dQ up by atomic additions in float32.
+
+    Scores are recomputed once in place of twice, and additions happen in the order in which programs come to
+    them: gradients in q differ from run to run by rounding.
+
+    Args:
+        q, k, v, scale, bias, sinks, cu_seqlens, alibi_slopes, return_lse: as there.
+        options: the other keywords of :func:`attention`.
+
+    Returns:
+        o (B,H,M,E) of q's dtype, or (o, lse) with lse (B,H,M) float32.
+
+    Raises:
+        ContractError: for arguments that the contract does not allow.
+        NotImplementedError: for float64 and for D or E above 256.
+    """
+    o, lse = attended(Call(scale, **options, atomic=True), q, k, v, bias, sinks, alibi_slopes, cu_seqlens)
+    return (o, lse) if return_lse else o
+
+
+def attended(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse), attached to autograd's graph where an input asks for that."""
     check_attention_tensors(q, k, v, "attention")
+    if alibi_slopes is not None:
+        alibi_slopes = check_alibi_slopes(alibi_slopes, q, "attention").contiguous()
     longest = q.shape[2]
     if cu_seqlens is not None:
         longest = check_cu_seqlens(cu_seqlens, q, k, "attention")
         cu_seqlens = cu_seqlens.contiguous()
+    tensors = (q, k, v, bias, sinks, alibi_slopes, cu_seqlens)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+        o, lse = Differentiable.apply(call, longest, *tensors)  # type: ignore[no-untyped-call]
+        return o, lse
+    return forward(call, longest, *tensors)[:2]
+
+
+class Differentiable(torch.autograd.Function):
+    """(o, lse) as a function of q, k, v, bias and sinks; its gradients are not differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, longest: int, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        o, lse, row_max, row_scale = forward(call, longest, *tensors, keep=True)
+        ctx.call, ctx.longest = call, longest
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, o, row_max, row_scale)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        from attnproof.kernels.softmax_gradients import Saved, gradients  # which is built on this module
+
+        saved = Saved(*ctx.saved_tensors)
+        found = gradients(saved, ctx.call, ctx.longest, do, dlse, ctx.needs_input_grad[2:7])
+        return (None, None, *found, None, None)
+
+
+def forward(
+    call: Call,
+    longest: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    keep: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """(o, lse), and with ``keep`` each row's maximum and 1/Σ exp(score − maximum) for the backward pass."""
     scattered = bias is not None or memory_layout(q, k, v) != ALIGNED
-    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision, scattered=scattered)
-    tiles = tiles._replace(block_m=block_m or tiles.block_m, block_n=block_n or tiles.block_n)
+    tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], call.input_precision, scattered=scattered)
+    tiles = tiles._replace(block_m=call.block_m or tiles.block_m, block_n=call.block_n or tiles.block_n)
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    rows = (torch.empty_like(lse), torch.empty_like(lse)) if keep else (None, None)
     launch(
-        q, k, v, bias, sinks, cu_seqlens, o, lse, scale=scale, causal=causal, window=window, softcap=softcap,
-        causal_alignment=causal_alignment, input_precision=input_precision, tiles=tiles, longest=longest,
-        kernel="attention",
+        q, k, v, bias, sinks, cu_seqlens, o, lse, alibi_slopes, rows,
+        scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap,
+        causal_alignment=call.causal_alignment, input_precision=call.input_precision, tiles=tiles,
+        longest=longest, kernel="attention",
     )  # fmt: skip
-    return (o, lse) if return_lse else o
+    return (o, lse, *(x for x in rows if x is not None))
 
 
 def launch(
@@ -315,6 +443,8 @@ def launch(
     cu_seqlens: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
+    alibi_slopes: torch.Tensor | None = None,
+    rows: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     *,
     scale: float,
     causal: bool,
@@ -360,6 +490,7 @@ def launch(
         heads, heads // k.shape[1], queries, keys, width, value_width,
         band.left or 0, band.right or 0, split_tiles or max(1, triton.cdiv(keys, tiles.block_n)),
         score_scale=scale * bits if softcap is None else scale / softcap, cap=(softcap or 1.0) * bits,
+        p_alibi=alibi_slopes, p_max=rows[0], p_scale=rows[1],
         LEFT=band.left is not None, RIGHT=band.right is not None, SOFTCAP=softcap is not None,
         PAD_D=width != padded_width(width), PAD_E=value_width != padded_width(value_width),
         LAYOUT=layout, PRECISION=input_precision,
@@ -374,7 +505,11 @@ SPLIT_KEYS = (
 
 
 @promises(
-    dataclasses.replace(SOFTMAX, options=("causal", "window", "softcap", "bias", "sinks", "return_lse"))
+    dataclasses.replace(
+        SOFTMAX,
+        options=("causal", "window", "softcap", "bias", "alibi_slopes", "sinks", "return_lse"),
+        differentiable=False,
+    )
 )
 def attention_split(
     q: torch.Tensor,
@@ -387,6 +522,7 @@ def attention_split(
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
     causal_alignment: str = "bottom-right",
     input_precision: str = "ieee",
@@ -398,8 +534,8 @@ def attention_split(
     Each split leaves a normalised float32 output and its log-sum-exp; sinks enter once, in the merge.
 
     Args:
-        q, k, v, scale, causal, window, softcap, bias, sinks, return_lse, causal_alignment, input_precision:
-            as there.
+        q, k, v, scale, causal, window, softcap, bias, sinks, alibi_slopes, return_lse, causal_alignment,
+            input_precision: as there.
         splits: into how many parts the keys are cut. None cuts them into parts of a fixed size, 512 keys,
             whatever the batch (Thinking Machines 2025, "Defeating nondeterminism in LLM inference"; bugs
             B34).
@@ -413,6 +549,8 @@ def attention_split(
     """
     check_attention_tensors(q, k, v, "attention_split")
     check_splits(splits, "attention_split")
+    if alibi_slopes is not None:
+        alibi_slopes = check_alibi_slopes(alibi_slopes, q, "attention_split").contiguous()
     scattered = bias is not None or memory_layout(q, k, v) != ALIGNED
     tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], input_precision, scattered=scattered)._replace(
         block_m=16
@@ -426,7 +564,7 @@ def attention_split(
     partial_lse = torch.empty((parts, *q.shape[:3]), dtype=torch.float32, device=q.device)
     check_sinks(sinks, q, "attention_split")
     launch(
-        q, k, v, bias, None, None, partial_o, partial_lse,
+        q, k, v, bias, None, None, partial_o, partial_lse, alibi_slopes,
         scale=scale, causal=causal, window=window, softcap=softcap, causal_alignment=causal_alignment,
         input_precision=input_precision, tiles=tiles, longest=q.shape[2],
         splits=parts, split_tiles=split_tiles, kernel="attention_split",

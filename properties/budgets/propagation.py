@@ -153,11 +153,11 @@ class Propagation(Arithmetic[Estimate]):
             variance = variance + a.value.square() @ b.variance
         variance = variance + self._summation(terms, square, value, total)
         lost = total >= r.largest / 2.0
-        for marks, other, left_side in ((a.lost, right, True), (b.lost, left, False)):
-            if marks is not None:
-                present = (other > 0).double()
-                reached = marks.double() @ present if left_side else present @ marks.double()
-                lost = lost | (reached > 0)
+        # Also through a factor of 0: 0·inf is NaN.
+        if a.lost is not None:
+            lost = lost | a.lost.any(-1, keepdim=True)
+        if b.lost is not None:
+            lost = lost | b.lost.any(-2, keepdim=True)
         return self._checked(value, certain, variance, lost)
 
     def _summation(

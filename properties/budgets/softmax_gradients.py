@@ -50,12 +50,14 @@ def attention_gradient_estimates(
     dp = a.store(a.matmul(do, a.transpose(v)), "dscores")
     delta = _delta(problem, reference, contract, a, p, dp, cotangents)
     own = Estimate(p.value[..., :keys], p.certain[..., :keys], p.variance[..., :keys], _first(p.lost, keys))
-    ds = a.masked(a.mul(own, a.sub(dp, delta)), problem.seen)
+    whole = a.mul(own, a.sub(dp, delta))
+    # Where dP overflows, 0·inf of a key that is not seen makes a NaN as well.
+    ds = replace(a.masked(whole, problem.seen), lost=whole.lost)
     independent = replace(ds, variance=ds.spread + ds.value.square() * common)
     found = problem.backward(a, (q, k), a.masked(_raised(own, common), problem.seen), independent, do, tanh)
     found["dq"] = _with_common_errors(problem, found["dq"], own, delta, common)
     if max(r.operand, r.input) > 2.0**-20:
-        _add_operand_response(problem, r, w, own.value, dp.value, found)
+        _add_operand_response(problem, r, w, own.value, dp.value, do.value, found)
     if problem.sinks is not None:
         sink = Estimate(
             p.value[..., keys:],
@@ -122,8 +124,10 @@ def _delta(
     delta = a.sum(a.mul(a.exact(cotangents["o"]), stored))
     keys = dp.value.shape[-1]
     own = Estimate(p.value[..., :keys], p.certain[..., :keys], p.variance[..., :keys])  # type: ignore[index]
-    direct = a.sum(a.masked(a.mul(own, dp), problem.seen))
-    delta = replace(delta, certain=torch.maximum(delta.bound, direct.bound))
+    direct = a.sum(replace(a.masked(a.mul(own, dp), problem.seen), lost=dp.lost))
+    marks = [x for x in (delta.lost, direct.lost) if x is not None]
+    lost = None if not marks else torch.stack(marks).any(0)
+    delta = replace(delta, certain=torch.maximum(delta.bound, direct.bound), lost=lost)
     if "lse" in cotangents:
         delta = a.sub(delta, a.exact(cotangents["lse"].unsqueeze(-1)))
     return delta
@@ -157,26 +161,33 @@ def _add_operand_response(
     w: Weighing,
     p: torch.Tensor,
     dp: torch.Tensor,
+    do: torch.Tensor,
     found: dict[str, Estimate],
 ) -> None:
-    """Adds the response of dq and dk to rounded queries, one error for all keys of a row, sampled.
+    """Adds the response of dq, dk and dv to rounded queries, one error for all keys of a row, sampled.
 
-    dS' = p (t − t̄)(dP − δ) − p Σ p (t − t̄) dP for a change t of the logits.
+    P' = p (t − t̄) and dS' = P' (dP − δ) − p Σ P' dP for a change t of the logits.
     """
     generator = torch.Generator().manual_seed(0)
     sigma = query_rounding(problem, r, w.logits.q)
     keys, queries = problem.keys().double(), problem.queries().double()
     centred = dp - (p * dp).sum(-1, keepdim=True)
-    dq, dk = torch.zeros_like(found["dq"].value), torch.zeros_like(found["dk"].value)
-    batch, groups = dk.shape[:2]
+    total = {name: torch.zeros_like(found[name].value) for name in ("dq", "dk", "dv")}
+    batch, groups = total["dk"].shape[:2]
+    group = problem.group
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(batch, groups, group, *x.shape[2:]).sum(2)
+
     for _ in range(PROBES // 4):
         signs = torch.randint(0, 2, (queries.shape[-1],), generator=generator).double() * 2.0 - 1.0
         t = (sigma * signs) @ keys.mT
         t = t - (p * t).sum(-1, keepdim=True)
-        moved = p * (t * centred - (p * t * centred).sum(-1, keepdim=True)) * problem.scale
-        dq += (moved @ keys).square()
-        parts = moved.mT.square() @ queries.square()
-        dk += parts.reshape(batch, groups, -1, *dk.shape[2:]).sum(2)
-    for name, response in (("dq", dq), ("dk", dk)):
+        weights = p * t
+        moved = (weights * centred - p * (weights * centred).sum(-1, keepdim=True)) * problem.scale
+        total["dq"] += (moved @ keys).square()
+        total["dk"] += shared(moved.mT.square() @ queries.square())
+        total["dv"] += shared(weights.mT.square() @ do.square())
+    for name, response in total.items():
         estimate = found[name]
         found[name] = replace(estimate, variance=estimate.spread + response / (PROBES // 4))
