@@ -19,7 +19,10 @@ __all__ = ["plain_attention", "plain_logsumexp", "plain_softmax_rows", "sdpa_fla
 
 # 0·NaN in the second matmul: what plain torch does with keys that are masked.
 _LEAKING = Contract(
-    family="softmax", options=("causal", "softcap", "bias", "return_lse"), unseen_nonfinite="may-leak"
+    family="softmax",
+    options=("causal", "softcap", "bias", "return_lse"),
+    unseen_nonfinite="may-leak",
+    differentiable=False,
 )
 
 
@@ -81,7 +84,11 @@ def _sdpa(
 
 
 _SDPA = Contract(
-    family="softmax", options=("causal", "bias"), unseen_nonfinite="may-leak", empty_row="undefined"
+    family="softmax",
+    options=("causal", "bias"),
+    unseen_nonfinite="may-leak",
+    empty_row="undefined",
+    differentiable=False,
 )
 
 

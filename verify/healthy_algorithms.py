@@ -54,6 +54,7 @@ _UNSCALED = Contract(
     family="softmax",
     options=_OPTIONS,
     unseen_nonfinite="may-leak",
+    differentiable=False,
     precision=Precision(matmul_input="ieee"),
 )
 _SCALED = dataclasses.replace(_UNSCALED, precision=Precision())

@@ -32,6 +32,7 @@ FLASH = Contract(
     family="softmax",
     options=("causal", "window", "softcap", "bias", "sinks", "cu_seqlens", "return_lse"),
     precision=Precision(matmul_input="ieee"),
+    differentiable=False,
 )
 
 

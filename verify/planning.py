@@ -29,7 +29,12 @@ __all__ = ["DEFAULT_EXAMPLES", "default_plan", "findings", "target_subjects"]
 
 # Cases for each of the suite's kernels in a default run: all regimes, dtypes and pairs of options, in under 3
 # minutes.
-DEFAULT_EXAMPLES: Mapping[str, int] = {"softmax": 160, "logsumexp": 80, "softmax_rows": 80}
+DEFAULT_EXAMPLES: Mapping[str, int] = {
+    "softmax": 160,
+    "logsumexp": 80,
+    "softmax_rows": 80,
+    **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
+}
 _STORED = ("calibration", "detection")
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20

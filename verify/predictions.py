@@ -17,12 +17,13 @@ import torch
 from attnproof.properties.arithmetic import EnclosureArithmetic
 from attnproof.properties.budgets.base import EXP_OVERFLOW, EXP_UNDERFLOW, Budget
 from attnproof.properties.families.logsumexp import RowsProblem
+from attnproof.properties.families.pointwise import PointwiseProblem
 from attnproof.properties.families.softmax import SoftmaxProblem
 
 if TYPE_CHECKING:
     from attnproof.judge import Trial
 
-__all__ = ["PREDICTIONS", "division_free", "unshifted"]
+__all__ = ["PREDICTIONS", "division_free", "tanh_approx", "unshifted"]
 
 # float16 weights: exp(s) rounds to infinity from 65520 on, and to 0 up to 2^-25 (theory.md, Formats).
 _HALF_OVERFLOW, _HALF_UNDERFLOW = math.log(65520.0), -25.0 * math.log(2.0)
@@ -138,4 +139,34 @@ def _error(name: str, delta: torch.Tensor, size: torch.Tensor, budget: Budget) -
     return torch.where(budget.open, 0.0, error.nan_to_num(0.0, posinf=torch.inf))
 
 
-PREDICTIONS: Mapping[str, Callable[[Trial], str]] = {"unshifted": unshifted, "division-free": division_free}
+def tanh_approx(trial: Trial) -> str:
+    """σ by a tanh with 11 bits (SIG-11): 0.5·tanh(x/2) + 0.5 is a multiple of 2⁻¹² below 1/4."""
+    problem = trial.problem
+    assert isinstance(problem, PointwiseProblem)
+    if not problem.seen.numel():
+        return "PASS"
+    arithmetic = EnclosureArithmetic()
+    x = arithmetic.midpoint(problem.scores(arithmetic))
+    mantissa, exponent = torch.frexp(torch.tanh(x / 2.0))
+    scaled = mantissa * 2.0**11
+    coarse = 0.5 * torch.ldexp(torch.round(scaled) * 2.0**-11, exponent) + 0.5
+    exact = torch.sigmoid(x)
+    # Scores within a few roundings of the middle between two such numbers may go either way.
+    near = (scaled - scaled.floor() - 0.5).abs() < 2.0**-8 * (1.0 + x.abs())
+    drift = torch.where(problem.seen, coarse - exact, 0.0)
+    loose = torch.where(problem.seen & near, torch.ldexp(torch.full_like(x, 2.0**-12), exponent), 0.0)
+    values, budget = problem.values().double(), trial.budgets["o"]
+    error = (drift @ values).abs()
+    doubt = loose @ values.abs()
+    fails = (error - doubt > 2.0 * budget.certain) & ~budget.open
+    if bool(fails.any()):
+        return "FAIL"
+    clear = (error + doubt < 0.25 * budget.probable) | budget.open
+    return "PASS" if bool(clear.all()) else "OPEN"
+
+
+PREDICTIONS: Mapping[str, Callable[[Trial], str]] = {
+    "unshifted": unshifted,
+    "division-free": division_free,
+    "tanh-approx": tanh_approx,
+}

@@ -35,6 +35,11 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("softmax_rows", f"{_KERNELS}.softmax_rows:softmax_rows"),
     Entry("softmax.attention", f"{_KERNELS}.softmax:attention"),
     Entry("softmax.attention_split", "attnproof.adapters:attention_split_in_three"),
+    Entry("softmax.attention_atomic", f"{_KERNELS}.softmax:attention_atomic"),
+    *(
+        Entry(f"{family}.attention", f"{_KERNELS}.{family}:attention")
+        for family in ("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy")
+    ),
     Entry("examples.unshifted_logsumexp", f"{_EXAMPLES}.logsumexp:unshifted_logsumexp", "unshifted"),
     Entry("examples.unshifted_softmax_rows", f"{_EXAMPLES}.softmax_rows:unshifted_softmax_rows", "unshifted"),
     Entry(
@@ -44,6 +49,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry("examples.unshifted_attention", f"{_EXAMPLES}.softmax:unshifted_attention", "unshifted"),
     Entry("examples.three_pass_attention", f"{_EXAMPLES}.softmax:three_pass_attention", "division-free"),
+    Entry("examples.tanh_sigmoid", f"{_EXAMPLES}.sigmoid_tanh:tanh_sigmoid_attention", "tanh-approx"),
 )
 
 

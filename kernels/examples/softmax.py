@@ -119,6 +119,7 @@ NAIVE = Contract(
     options=("causal", "return_lse"),
     unseen_nonfinite="may-leak",
     supports=Supports(max_head_dim=128),
+    differentiable=False,
 )
 
 

@@ -19,12 +19,14 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth, half_spacing
 
-__all__ = ["Estimate", "Propagation"]
+__all__ = ["Estimate", "Propagation", "coincidence"]
 
 # A healthy kernel's decision at a kink is taken to be open within this many standard deviations of it: few
 # cases in 10⁹ are decided otherwise.
 _UNDECIDED = 6.0
 _LARGEST_EXPONENT = 700.0
+# Formats finer than this round numbers that are equal alike too, but by less than what is counted anyway.
+_FINE = 2.0**-20
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +154,12 @@ class Propagation(Arithmetic[Estimate]):
         if b.variance is not None:
             variance = variance + a.value.square() @ b.variance
         variance = variance + self._summation(terms, square, value, total)
+        for side, unit, coarse in ((a.value, a.unit, ua), (b.value.mT, b.unit, ub)):
+            rounded = max(unit or 0.0, coarse)
+            if unit != 0.0 and rounded > _FINE:
+                alike = coincidence(side, rounded)
+                alike = alike if side is a.value else alike.mT
+                variance = variance + alike * (rounded * value).square()
         lost = total >= r.largest / 2.0
         # Also through a factor of 0: 0·inf is NaN.
         if a.lost is not None:
@@ -325,6 +333,24 @@ class Propagation(Arithmetic[Estimate]):
         return Estimate(
             value, certain.nan_to_num(torch.inf, torch.inf), variance.nan_to_num(1e300, 1e300), lost
         )
+
+
+def coincidence(x: torch.Tensor, unit: float) -> torch.Tensor:
+    """Σ_j π_j (mass of other entries that agree with x_j to u/4), π = |x|/Σ|x|, over the last axis; (…, 1).
+
+    Numbers that agree so closely are rounded by the same amount, so that their errors in a sum add up instead
+    of averaging out; where all are equal this is 1 − 1/n.
+    """
+    size = x.abs()
+    share = size / size.sum(-1, keepdim=True).clamp(min=1e-300)
+    ordered, order = torch.log(size.clamp(min=1e-300)).sort(-1)
+    share = share.gather(-1, order)
+    mass = torch.nn.functional.pad(share.cumsum(-1), (1, 0))
+    ordered = ordered.contiguous()
+    high = torch.searchsorted(ordered, ordered + unit / 4.0, right=True)
+    low = torch.searchsorted(ordered, ordered - unit / 4.0, right=False)
+    near = mass.gather(-1, high) - mass.gather(-1, low)
+    return (share * (near - share)).sum(-1, keepdim=True).clamp(min=0.0)
 
 
 def _either(a: torch.Tensor | None, b: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:

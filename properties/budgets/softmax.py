@@ -124,9 +124,10 @@ def weighing(problem: SoftmaxProblem, r: Roundings) -> Weighing:
     v = problem.values().double()
     certain_e = _certain_logit_errors(problem, logits, r)
     variance_e = _logit_variances(problem, logits, r)
-    computed = problem.computed(r)
+    computed, inherited = problem.computed(r), torch.zeros_like(certain_e)
     if computed is not None:
-        certain_e, variance_e = _with_operand_errors(problem, logits, computed, certain_e, variance_e)
+        inherited, added = _operand_errors(problem, logits, computed)
+        certain_e, variance_e = certain_e + inherited, variance_e + added
     if problem.sinks is not None and problem.sink_present is not None:
         x, v, certain_e, variance_e = _with_sink(problem, x, v, certain_e, variance_e, r)
     elif not x.shape[-1]:
@@ -138,24 +139,22 @@ def weighing(problem: SoftmaxProblem, r: Roundings) -> Weighing:
     rescales = (overtaking(row, certain_e) + 3.0) * r.exp
     certain_e = torch.where(row.x > -torch.inf, certain_e + argument + rescales, 0.0)
     exact, exact_e = _exact_rows(problem, row, v, r, certain_e)
+    # Logits of operands that a kernel computes come out exactly only where those do.
+    exact = exact & ~(inherited > 0).any(-1, keepdim=True)
     certain_e = torch.where(exact, exact_e, certain_e)
     variance_e = variance_e + ((2.0 * row.distance * r.elementwise) ** 2 + r.exp**2) / 3.0
     return Weighing(logits, row, v, certain_e, variance_e, exact)
 
 
-def _with_operand_errors(
-    problem: SoftmaxProblem,
-    t: _Logits,
-    computed: tuple[Estimate, Estimate, Estimate],
-    certain_e: torch.Tensor,
-    variance_e: torch.Tensor,
+def _operand_errors(
+    problem: SoftmaxProblem, t: _Logits, computed: tuple[Estimate, Estimate, Estimate]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logit errors with those of q and k that a kernel computes itself before the scores."""
+    """Bound and variance of what errors of q and k, that a kernel computes itself, add to the logits."""
     q, k, _ = computed
     kt = t.k.transpose(-1, -2)
     certain = q.bound @ (kt.abs() + k.bound.mT) + t.q.abs() @ k.bound.mT
     variance = q.spread @ kt.square() + t.q.square() @ k.spread.mT
-    return certain_e + abs(problem.scale) * certain, variance_e + problem.scale**2 * variance
+    return abs(problem.scale) * certain, problem.scale**2 * variance
 
 
 def attention_budgets(

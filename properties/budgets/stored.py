@@ -26,7 +26,9 @@ def stored_budget(
         closed: bool, the output's shape; elements that are unjudged since they see a non-finite input.
     """
     r = Roundings.of(contract, dtype)
-    stored = Propagation(r).store(Estimate(exact, estimate.certain, estimate.variance), "output")
+    # The last operations (a division, a scale) round equal results alike, however many terms were averaged.
+    variance = estimate.spread + (3.0 * r.elementwise * exact).square() / 3.0
+    stored = Propagation(r).store(Estimate(exact, estimate.certain, variance), "output")
     certain = stored.bound * _SLACK
     lost = torch.zeros_like(exact, dtype=torch.bool) if estimate.lost is None else estimate.lost.clone()
     lost = lost | ~certain.isfinite()

@@ -7,13 +7,32 @@ from __future__ import annotations
 
 from attnproof.properties.contract import ContractError
 from attnproof.properties.families.base import Budget, Family, Problem, Reference
+from attnproof.properties.families.batch_normalised import BATCH_NORMALISED
+from attnproof.properties.families.differential import DIFFERENTIAL
+from attnproof.properties.families.easy import EASY
 from attnproof.properties.families.logsumexp import LOGSUMEXP
+from attnproof.properties.families.relu import RELU
+from attnproof.properties.families.scaled_head import SCALED_HEAD
+from attnproof.properties.families.sigmoid import SIGMOID
 from attnproof.properties.families.softmax import SOFTMAX
 from attnproof.properties.families.softmax_rows import SOFTMAX_ROWS
 
 __all__ = ["FAMILIES", "Budget", "Family", "Problem", "Reference", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LOGSUMEXP, SOFTMAX_ROWS, SOFTMAX)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LOGSUMEXP,
+        SOFTMAX_ROWS,
+        SOFTMAX,
+        SIGMOID,
+        RELU,
+        BATCH_NORMALISED,
+        SCALED_HEAD,
+        DIFFERENTIAL,
+        EASY,
+    )
+}
 
 
 def family_of(name: str) -> Family:
