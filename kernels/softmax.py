@@ -378,8 +378,9 @@ def attended(
     tensors = (q, k, v, bias, sinks, alibi_slopes, cu_seqlens)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
         o, lse = Differentiable.apply(call, longest, *tensors)  # type: ignore[no-untyped-call]
-        return o, lse
-    return forward(call, longest, *tensors)[:2]
+    else:
+        o, lse, *_ = forward(call, longest, *tensors)
+    return o, lse
 
 
 class Differentiable(torch.autograd.Function):
@@ -394,7 +395,7 @@ class Differentiable(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

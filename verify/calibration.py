@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -40,6 +41,7 @@ from attnproof.campaign import Campaign
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.regimes import REGIMES, plan
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.reach import beyond, measure_reach, reach_series
 from attnproof.reports.record import CaseJudged, Finding
 from attnproof.statistics import ANY_CLASS, Thresholds, stored_thresholds, threshold_key
@@ -67,6 +69,8 @@ _ALGORITHMS = (
     *("triton_16_16", "triton_32_128", "triton_64_16", "triton_tf32", "two_pass"),
     *("online_logsumexp", "pairwise_logsumexp", "base_two_softmax_rows", "two_pass_softmax_rows"),
 )
+_SCORE_FAMILIES = ("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy")
+_SOFTMAX_GRADIENTS = ("attention_atomic", "autograd_attention", "stored_attention", "flash_attention")
 IMPLEMENTATIONS = (
     "attnproof.kernels.softmax:attention",
     "attnproof.kernels.softmax:attention_split",
@@ -80,6 +84,14 @@ IMPLEMENTATIONS = (
     "attnproof.healthy:sdpa_flash",
     "attnproof.healthy_flash:tiled_attention",
     *(f"attnproof.healthy_algorithms:{name}" for name in _ALGORITHMS),
+    "attnproof.kernels.softmax:attention_atomic",
+    *(f"attnproof.healthy_gradients:{name}" for name in _SOFTMAX_GRADIENTS[1:]),
+    *(f"attnproof.kernels.{family}:attention" for family in _SCORE_FAMILIES),
+    *(
+        f"attnproof.healthy_gradients:{kind}_{family}"
+        for family in _SCORE_FAMILIES
+        for kind in ("autograd", "stored")
+    ),
 )
 HELD_OUT_SEED = 20261122
 
@@ -122,7 +134,10 @@ class Alarms:
 
 
 def _name(target: str) -> str:
-    return target.partition(":")[2]
+    """How the record calls an implementation; the suite's kernels, all called attention, by their family."""
+    module, _, name = target.partition(":")
+    family = module.rpartition(".")[2]
+    return f"{family}.{name}" if family in _SCORE_FAMILIES else name
 
 
 def _contract(target: str) -> Contract:
@@ -132,10 +147,15 @@ def _contract(target: str) -> Contract:
 
 
 def held_out(targets: Sequence[str] = IMPLEMENTATIONS, seed: int = HELD_OUT_SEED) -> tuple[str, ...]:
-    """A third of the implementations of each family (at least one), drawn with ``seed``."""
+    """A third of the implementations of each family (at least one), drawn with ``seed``.
+
+    Those of softmax that are judged by their gradients as well are drawn for themselves.
+    """
     families: dict[str, list[str]] = defaultdict(list)
     for target in sorted(targets):
-        families[_contract(target).family].append(target)
+        contract = _contract(target)
+        apart = contract.family == "softmax" and _name(target) in _SOFTMAX_GRADIENTS
+        families[f"{contract.family} gradients" if apart else contract.family].append(target)
     draw = random.Random(seed)
     return tuple(
         target
@@ -157,9 +177,18 @@ def sampled(event: CaseJudged) -> Sample:
 
 def _width(shape: Mapping[str, int], output: str, family: str) -> int:
     """Elements in a row of an output."""
-    if family == "softmax":
-        return shape["E"] if output == "o" else 1
-    return shape["N"] if family == "softmax_rows" else 1
+    form = SIGNATURES[family]
+    if output == "y":
+        return shape["N"] if family == "softmax_rows" else 1
+    name = output.removeprefix("d")
+    if output in ("lse", "dsinks", "dbeta", "dlam"):
+        return 1
+    axis = (
+        "N"
+        if name in ("bias", "alpha")
+        else (form.tensors if name in form.tensors else form.outputs)[name][-1]
+    )
+    return form.shape((axis,), shape)[0]
 
 
 def _statistics(sample: Sample) -> Iterator[tuple[str, dict[str, float]]]:
@@ -238,20 +267,21 @@ def plans(targets: Sequence[str], cases: int, seed: int) -> list[tuple[Subject, 
         device = "cpu" if target.startswith("attnproof.healthy") else default_device()
         device = default_device() if ":triton" in target else device
         count = cases if device == "cpu" else math.ceil(cases * _EMULATED_SHARE)
+        subject = Subject(_name(target), Importable(target), contract, device)
         chosen = _long_cases(contract, int(count * _LONG_SHARE), seed)
         batch = 0
         while len(chosen) < count:
             chosen += plan(
                 contract.family,
                 dtypes=contract.dtypes,
-                options=contract.options,
+                options=subject.options,
                 supports=contract.supports,
                 causal_alignment=contract.causal_alignment,
                 budget=min(count, 200),
                 seed=seed + batch,
             )
             batch += 1
-        planned.append((Subject(_name(target), Importable(target), contract, device), chosen[:count]))
+        planned.append((subject, chosen[:count]))
     return planned
 
 
@@ -265,11 +295,15 @@ def _long_cases(contract: Contract, count: int, seed: int) -> list[Case]:
         if dtype not in regime.dtypes:
             continue
         shape = {"R": _LONG_ROWS, "N": length}
-        options = {}
-        if contract.family == "softmax":
+        options: dict[str, Any] = {}
+        if SIGNATURES[contract.family].attention:
             width = 32 if regime.regime_class == "real" else draw.choice((64, 128))
             shape = {"B": 1, "H": 2, "G": 1, "M": _LONG_ROWS, "N": length, "D": width, "E": width}
             options = {"return_lse": True} if "return_lse" in contract.options else {}
+            if contract.family == "scaled_head":
+                options["pool"] = (1, 3)
+        elif contract.family == "easy":
+            shape = {"B": 1, "H": 1, "N": min(length, 1024), "E": 16}
         found.append(
             Case(contract.family, dtype, shape, regime.name, options, seed=seed * 1000 + len(found))  # type: ignore[arg-type]
         )
@@ -299,6 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PERCENT",
         help="hold the stored thresholds against this much of the planned cases; write nothing",
     )
+    parser.add_argument(
+        "--kernels", nargs="+", metavar="NAME", help="judge these alone, and keep the record of all others"
+    )
     parser.add_argument("--refit", action="store_true", help="fit the stored record again")
     parser.add_argument("--reach", action="store_true", help="measure the certain budget's reach instead")
     chosen = parser.parse_args(arguments)
@@ -307,6 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held = {_name(target) for target in held_out()}
     if chosen.refit:
         samples = _stored(chosen.into)
+    elif chosen.kernels:
+        again = [target for target in IMPLEMENTATIONS if _name(target) in chosen.kernels]
+        fresh = _judged(chosen.cases, chosen.seed, chosen.jobs, None, again)
+        kept = _stored(chosen.into) if (chosen.into / _RECORD).is_file() else []
+        samples = [sample for sample in kept if sample.kernel not in chosen.kernels] + fresh
     else:
         samples = _judged(chosen.cases, chosen.seed, chosen.jobs, chosen.share)
     fitted = [sample for sample in samples if sample.kernel not in held]
@@ -351,9 +393,11 @@ def _reach(folder: Path) -> int:
     return 1 if far else 0
 
 
-def _judged(cases: int, seed: int, jobs: int, share: float | None) -> list[Sample]:
-    """Judge every implementation, or ``share`` percent of its cases drawn at random; progress on stderr."""
-    planned = plans(IMPLEMENTATIONS, cases, seed)
+def _judged(
+    cases: int, seed: int, jobs: int, share: float | None, targets: Sequence[str] = IMPLEMENTATIONS
+) -> list[Sample]:
+    """Judge implementations, or ``share`` percent of their cases drawn at random; progress on stderr."""
+    planned = plans(targets, cases, seed)
     if share is not None:
         draw = random.Random(f"share {seed}")
         planned = [

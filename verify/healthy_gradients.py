@@ -60,15 +60,15 @@ class _Storage:
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         """An operand that was computed."""
-        return _Stored.apply(x, self.dtype, True, False) if self.on else x  # type: ignore[no-any-return, no-untyped-call]
+        return _Stored.apply(x, self.dtype, True, False) if self.on else x  # type: ignore[no-untyped-call]
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Scores, whose gradient dS is stored."""
-        return _Stored.apply(x, self.dtype, False, True) if self.on else x  # type: ignore[no-any-return, no-untyped-call]
+        return _Stored.apply(x, self.dtype, False, True) if self.on else x  # type: ignore[no-untyped-call]
 
     def weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights P, stored, and their gradient dP as well."""
-        return _Stored.apply(x, self.dtype, True, True) if self.on else x  # type: ignore[no-any-return, no-untyped-call]
+        return _Stored.apply(x, self.dtype, True, True) if self.on else x  # type: ignore[no-untyped-call]
 
 
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:

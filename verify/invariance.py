@@ -37,8 +37,9 @@ def judge_invariant(
     Returns:
         The event of the case. A call that fails does so under its own rule, with the invariant and the
         variant in the reason; a broken relation under the invariant's name. DECLINED where the invariant does
-        not apply, or the kernel declines one of the calls. ``outputs`` and ``vacuous`` are those of the first
-        call. Never raises for what the kernel does; a failure of the checker gives UNVERIFIED.
+        not apply, the kernel declines one of the calls, or it has none of the gradients that are compared.
+        ``outputs`` and ``vacuous`` are those of the first call. Never raises for what the kernel does; a
+        failure of the checker gives UNVERIFIED.
     """
     begun = time.perf_counter()
     judged: list[JudgedCall] = []
@@ -50,7 +51,7 @@ def judge_invariant(
         else:
             for planned in plan.calls:
                 judged.append(_called(subject, planned, call, base if planned.case is case else None))
-                if judged[-1].event.verdict in ("DECLINED", "UNVERIFIED"):
+                if judged[-1].event.verdict in ("DECLINED", "UNVERIFIED") or _untold(plan, judged[0]):
                     break
             failures = _failures(invariant, plan, judged)
     except Exception as error:
@@ -79,16 +80,21 @@ def judge_invariant(
 def places(contract: Contract, cases: Sequence[Case], each: int) -> Iterator[tuple[Invariant, Case]]:
     """Every invariant that a kernel under ``contract`` promises, at ``each`` of the cases that it applies to.
 
-    The cases chosen are of different dtypes where there are several, and not the same ones for all.
+    The cases chosen are of different dtypes where there are several, and not the same ones for all; every
+    other one has cotangents where such cases are given.
     """
     for number, invariant in enumerate(invariants_for(contract.family, contract)):
         suited = [case for case in cases if invariant.applicable(case, contract)]
         start = number % max(len(suited), 1)
-        by_dtype: dict[str, Case] = {}
+        by_dtype: dict[str, list[Case]] = {}
         for case in (*suited[start:], *suited[:start]):
-            by_dtype.setdefault(case.dtype, case)
-        for case in itertools.islice(by_dtype.values(), each):
-            yield invariant, case
+            by_dtype.setdefault(case.dtype, []).append(case)
+        for place, found in enumerate(itertools.islice(by_dtype.values(), each)):
+            asked = (number + place) % 2 == 0
+            yield (
+                invariant,
+                next((case for case in found if bool(case.option("cotangents")) == asked), found[0]),
+            )
 
 
 def _called(subject: Subject, planned: Call, call: Caller, base: JudgedCall | None) -> JudgedCall:
@@ -114,12 +120,25 @@ def _failures(invariant: Invariant, plan: Plan, judged: Sequence[JudgedCall]) ->
             if planned.familiar or failure.rule not in _STATISTICAL:
                 words = f"{invariant.name}, {planned.words} ({planned.case.id}): {failure.reason}"
                 failures.append(_changed(failure, reason=words))
-    if len(judged) < len(plan.calls) or any(one.trial is None or not one.outputs for one in judged):
+    if any(one.trial is None or not one.outputs for one in judged):
+        return tuple(failures)
+    if _untold(plan, judged[0]):
+        return (
+            *failures,
+            Failure("declined", f"{invariant.name} is about gradients, and the kernel returned none"),
+        )
+    if len(judged) < len(plan.calls):
         return tuple(failures)
     results = [results_of(planned, one) for planned, one in zip(plan.calls, judged, strict=True)]
     for relation in plan.relations:
         failures += broken(invariant, plan, relation, results)
     return tuple(failures)
+
+
+def _untold(plan: Plan, first: JudgedCall) -> bool:
+    """Whether a kernel without gradients leaves nothing to compare: all relations are between gradients."""
+    outputs = {name for relation in plan.relations for name in relation.outputs}
+    return bool(first.outputs) and all(name.startswith("d") and name not in first.outputs for name in outputs)
 
 
 def _changed(failure: Failure, **changes: str) -> Failure:

@@ -15,7 +15,9 @@ What ties the results is exact, so that two correct results differ by no more th
   was compared in and T_i the threshold that it stays below. A row or an output beyond that (√2 times the
   threshold for two calls of equal size) therefore accuses no kernel whose results each pass.
 
-Elements that are open, overflow, or of which one value is asked are left out.
+Elements that are open, overflow, or of which one value is asked are left out. Gradients are tied like
+outputs, where every call of a relation returned them. A sum over an axis has the sums of certain budgets and
+radii, and of squares of probable ones. Bounds that are strict ask for more than budgets do.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from attnproof.reports.record import Failure
 from attnproof.statistics import Thresholds, deviation, thresholds_for
 from attnproof.trials import JudgedCall
 
-__all__ = ["Result", "broken", "results_of"]
+__all__ = ["Result", "broken", "known", "results_of"]
 
 # Rounding of a sum of a few float64 terms, relative to their sizes.
 _SUM = 2.0**-48
@@ -60,6 +62,7 @@ class Result:
         usable: elements compared numerically; open: unjudged ones.
         row_count: number of compared elements in each element's row; count: in the output.
         limits: thresholds of a familiar call, or None.
+        wide: whether the last axis lies within a row.
     """
 
     got: torch.Tensor
@@ -73,10 +76,26 @@ class Result:
     row_count: torch.Tensor
     count: int
     limits: Thresholds | None
+    wide: bool = True
 
     def selected(self, term: Term) -> Result:
         """The elements that a term takes."""
-        return self if term.select is None else self.mapped(term.select)
+        chosen = self if term.select is None else self.mapped(term.select)
+        return chosen.summed() if term.summed else chosen
+
+    def summed(self) -> Result:
+        """Sums over the last axis, whose errors add up; where one element is left out, so is the sum."""
+        added = {name: getattr(self, name).sum(-1) for name in ("value", "exact", "radius", "certain")}
+        return replace(
+            self,
+            **added,
+            got=self.got.double().sum(-1),
+            probable=self.probable.square().sum(-1).sqrt(),
+            usable=self.usable.all(-1),
+            open=self.open.any(-1),
+            row_count=self.row_count.sum(-1) if not self.wide else self.row_count.amax(-1),
+            wide=False,
+        )
 
     def mapped(self, function: Select) -> Result:
         """Every tensor put through ``function``."""
@@ -104,6 +123,7 @@ class _Difference:
     radius: torch.Tensor
     where: torch.Tensor
     words: str
+    wide: bool
 
 
 def results_of(planned: Call, judged: JudgedCall) -> dict[str, Result]:
@@ -135,13 +155,16 @@ def _result(planned: Call, trial: Trial, name: str, got: torch.Tensor) -> Result
         row_count=rows,
         count=int(compared.sum()),
         limits=limits,
+        wide=got.dim() > trial.row_axes(name),
     )
 
 
 def broken(
     invariant: Invariant, plan: Plan, relation: Relation, results: Sequence[Mapping[str, Result]]
 ) -> list[Failure]:
-    """What breaks one relation, nothing where it holds."""
+    """What breaks one relation, nothing where it holds or speaks of gradients that a kernel does not have."""
+    if not known(relation, results):
+        return []
     if isinstance(relation, Bounds):
         return _beyond_bounds(invariant, relation, results[relation.call][relation.output])
     if isinstance(relation, Merge):
@@ -151,6 +174,14 @@ def broken(
             return [failure]
         differences = [_balance_terms(plan, relation, results)]
     return [failure for difference in differences for failure in _too_far(invariant, difference)]
+
+
+def known(relation: Relation, results: Sequence[Mapping[str, Result]]) -> bool:
+    """Whether the outputs that a relation ties have come back: all but gradients always have."""
+    if isinstance(relation, Merge):
+        return True
+    tied = relation.terms if isinstance(relation, Balance) else (relation,)
+    return all(one.output in results[one.call] for one in tied)
 
 
 def _balance_terms(plan: Plan, relation: Balance, results: Sequence[Mapping[str, Result]]) -> _Difference:
@@ -166,7 +197,7 @@ def _balance_terms(plan: Plan, relation: Balance, results: Sequence[Mapping[str,
     radius = torch.as_tensor(relation.radius, dtype=torch.float64) + _SUM * (size + constant.abs())
     parts = tuple(_Part(abs(term.factor), result) for term, result in chosen)
     words = ", ".join(plan.calls[term.call].words for term in relation.terms)
-    return _Difference(relation.terms[0].output, value - constant, parts, radius, where, words)
+    return _Difference(relation.terms[0].output, value - constant, parts, radius, where, words, first.wide)
 
 
 def _merge_terms(relation: Merge, results: Sequence[Mapping[str, Result]]) -> list[_Difference]:
@@ -193,6 +224,7 @@ def _merge_terms(relation: Merge, results: Sequence[Mapping[str, Result]]) -> li
         radius=_SUM * (whole["o"].value.abs() + one["o"].value.abs() + two["o"].value.abs()),
         where=whole["o"].usable & one["o"].usable & two["o"].usable & both[..., None],
         words="all keys, less both parts of them merged by their log-sum-exp",
+        wide=True,
     )
     lse = _Difference(
         output="lse",
@@ -201,6 +233,7 @@ def _merge_terms(relation: Merge, results: Sequence[Mapping[str, Result]]) -> li
         radius=_SUM * (1.0 + whole["lse"].value.abs() + l1.value.abs() + l2.value.abs()),
         where=whole["lse"].usable & both,
         words=o.words,
+        wide=False,
     )
     return [o, lse]
 
@@ -238,12 +271,12 @@ def _improbable(invariant: Invariant, d: _Difference, size: torch.Tensor) -> lis
     excess = (size - radius).clamp(min=0.0)
     ratio = torch.where(excess == 0, 0.0, excess / variance.sqrt().clamp(min=1e-300)).clamp(max=1e100)
     rows = ratio.square()
-    if _is_wide(d):
+    if d.wide:
         rows, row_allowed = rows.sum(-1), row_allowed.amax(-1)
     relative = (rows / row_allowed.clamp(min=1.0)).sqrt()
     if float(relative.max()) > 1.0:
         row = _worst(relative)
-        index = (*row, *_worst(ratio[row])) if _is_wide(d) else row
+        index = (*row, *_worst(ratio[row])) if d.wide else row
         over = f"{float(relative[row]):.3g} times what results allow that each pass"
         words = f"{_measure(d, index)}; in its row the rms of difference/probable is {over}"
         return [_failure(invariant, d, index, float(relative[row]), words)]
@@ -256,28 +289,28 @@ def _improbable(invariant: Invariant, d: _Difference, size: torch.Tensor) -> lis
     return []
 
 
-def _is_wide(d: _Difference) -> bool:
-    """Whether a row of the output has an axis of its own."""
-    counts = d.parts[0].result
-    return d.output == "o" or (d.output == "y" and counts.got.dim() == 2)
-
-
 def _different_bits(
     invariant: Invariant, plan: Plan, relation: Balance, results: Sequence[Mapping[str, Result]]
 ) -> Failure | None:
-    """The two terms' elements compared by value, where neither is open; −0 equals +0."""
-    (ours, theirs) = relation.terms
+    """The two terms' elements compared by value, or the one's with the constant, where nothing is open.
+
+    −0 equals +0.
+    """
+    ours, *others = relation.terms
     a = results[ours.call][ours.output].selected(ours)
-    b = results[theirs.call][theirs.output].selected(theirs)
-    differs = (a.got != b.got) & ~(a.got.isnan() & b.got.isnan()) & ~a.open & ~b.open
+    asked, hidden = torch.as_tensor(relation.constant, dtype=a.got.dtype).expand(a.got.shape), a.open
+    for theirs in others:
+        b = results[theirs.call][theirs.output].selected(theirs)
+        asked, hidden = b.got, hidden | b.open
+    differs = (a.got != asked) & ~(a.got.isnan() & asked.isnan()) & ~hidden
     if not bool(differs.any()):
         return None
     index = tuple(int(i) for i in differs.nonzero()[0])
-    left, right = float(a.got[index]), float(b.got[index])
+    left, right = float(a.got[index]), float(asked[index])
+    told = f"{right:.9g} ({plan.calls[others[0].call].words})" if others else f"should be {right:.9g}"
     words = (
-        f"{_place(ours.output, index)} is {left:.9g} ({plan.calls[ours.call].words}) and {right:.9g} "
-        f"({plan.calls[theirs.call].words}); the contract asks for equal values, "
-        f"and {int(differs.sum())} of {differs.numel()} differ"
+        f"{_place(ours.output, index)} is {left:.9g} ({plan.calls[ours.call].words}) and {told}; "
+        f"the contract asks for equal values, and {int(differs.sum())} of {differs.numel()} differ"
     )
     return Failure(
         invariant.name,
@@ -290,18 +323,20 @@ def _different_bits(
 
 
 def _beyond_bounds(invariant: Invariant, relation: Bounds, result: Result) -> list[Failure]:
-    allowed = result.certain + result.radius
+    allowed = torch.zeros_like(result.value) if relation.strict else result.certain + result.radius
     excess = torch.maximum(relation.lower - result.value, result.value - relation.upper)
     excess = torch.where(result.usable, excess, -torch.inf)
-    ratio = torch.where(excess > allowed, excess / allowed.clamp(min=1e-300), 0.0)
-    if not ratio.numel() or float(ratio.max()) <= 1.0:
+    half = (relation.upper - relation.lower) / 2.0
+    measure = allowed + half if relation.strict else allowed
+    reach = excess + half if relation.strict else excess
+    ratio = torch.where(excess > allowed, reach / measure.clamp(min=1e-300), 0.0)
+    if not ratio.numel() or not bool((excess > allowed).any()):
         return []
     index = _worst(ratio)
     value, low, high = (float(x[index]) for x in (result.value, relation.lower, relation.upper))
-    words = (
-        f"{_place(relation.output, index)} = {value:.9g} is outside [{low:.9g}, {high:.9g}] "
-        f"by {float(excess[index]):.3g}, where its budget allows {float(allowed[index]):.3g}"
-    )
+    words = f"{_place(relation.output, index)} = {value:.9g} is outside [{low:.9g}, {high:.9g}]"
+    if not relation.strict:
+        words += f" by {float(excess[index]):.3g}, where its budget allows {float(allowed[index]):.3g}"
     bound = low if value < low else high
     return [
         Failure(

@@ -240,9 +240,9 @@ def _judge_outcome(
     outputs, complaint = _outputs(subject, trial, outcome)
     if complaint:
         return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail))), {}, trial
-    gradients, notice, failure = _gradients(subject, trial, outcome)
-    if failure is not None:
-        failures.append(failure)
+    gradients, notice, broken = _gradients(subject, trial, outcome)
+    if broken is not None:
+        failures.append(broken)
     if gradients:
         trial, outputs = trial.with_gradients(), {**outputs, **gradients}
     for alias in outcome.aliases:

@@ -19,7 +19,7 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth, half_spacing
 
-__all__ = ["Estimate", "Propagation", "coincidence"]
+__all__ = ["Estimate", "Propagation", "ScaledOperands", "coincidence", "wider"]
 
 # A healthy kernel's decision at a kink is taken to be open within this many standard deviations of it: few
 # cases in 10⁹ are decided otherwise.
@@ -57,6 +57,10 @@ class Estimate:
     def spread(self) -> torch.Tensor:
         """``variance`` as a tensor."""
         return torch.zeros_like(self.value) if self.variance is None else self.variance
+
+    def columns(self, start: int, stop: int | None) -> Estimate:
+        """The elements ``start:stop`` of the last axis."""
+        return _each(self, lambda x: x[..., start:stop])
 
     @property
     def size(self) -> torch.Tensor:
@@ -154,9 +158,9 @@ class Propagation(Arithmetic[Estimate]):
         if b.variance is not None:
             variance = variance + a.value.square() @ b.variance
         variance = variance + self._summation(terms, square, value, total)
-        for side, unit, coarse in ((a.value, a.unit, ua), (b.value.mT, b.unit, ub)):
-            rounded = max(unit or 0.0, coarse)
-            if unit != 0.0 and rounded > _FINE:
+        for side, held, coarse in ((a.value, a.unit, ua), (b.value.mT, b.unit, ub)):
+            rounded = max(held or 0.0, coarse)
+            if held != 0.0 and rounded > _FINE:
                 alike = coincidence(side, rounded)
                 alike = alike if side is a.value else alike.mT
                 variance = variance + alike * (rounded * value).square()
@@ -335,6 +339,34 @@ class Propagation(Arithmetic[Estimate]):
         )
 
 
+class ScaledOperands(Propagation):
+    """Budgets in which a stored operand may have been scaled before, and be subnormal by that."""
+
+    def __init__(self, r: Roundings, scale: float) -> None:
+        super().__init__(r)
+        self.factor = min(abs(scale), 1.0)
+
+    def store(self, a: Estimate, kind: str) -> Estimate:
+        stored = super().store(a, kind)
+        tiny = self.r.operand_tiny
+        if kind != "operand" or not tiny or not self.factor:
+            return stored
+        present = (a.value != 0).double() / self.factor
+        spacing = half_spacing(a.value * self.factor, self.r.operand, tiny) * present
+        return replace(
+            stored,
+            certain=torch.maximum(stored.bound, tiny * present),
+            variance=torch.maximum(stored.spread, spacing.square() / 3.0),
+        )
+
+
+def wider(a: Estimate, b: Estimate) -> Estimate:
+    """The errors of a kernel that may compute the same numbers in either of two orders."""
+    marks = [x for x in (a.lost, b.lost) if x is not None]
+    lost = torch.stack([x.expand(a.value.shape) for x in marks]).any(0) if marks else None
+    return Estimate(a.value, torch.maximum(a.bound, b.bound), torch.maximum(a.spread, b.spread), lost)
+
+
 def coincidence(x: torch.Tensor, unit: float) -> torch.Tensor:
     """Σ_j π_j (mass of other entries that agree with x_j to u/4), π = |x|/Σ|x|, over the last axis; (…, 1).
 
@@ -361,5 +393,5 @@ def _either(a: torch.Tensor | None, b: torch.Tensor | None, like: torch.Tensor) 
 
 
 def _each(a: Estimate, change: Callable[[torch.Tensor], torch.Tensor]) -> Estimate:
-    parts = (None if x is None else change(x) for x in (a.certain, a.variance, a.lost))
-    return Estimate(change(a.value), *parts, unit=a.unit)  # type: ignore[arg-type]
+    certain, variance, lost = (None if x is None else change(x) for x in (a.certain, a.variance, a.lost))
+    return Estimate(change(a.value), certain, variance, lost, a.unit)

@@ -18,7 +18,7 @@ import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.budgets.base import dtype_name
-from attnproof.properties.budgets.propagation import Estimate, Propagation
+from attnproof.properties.budgets.propagation import Estimate, Propagation, ScaledOperands, coincidence
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 from attnproof.properties.budgets.rows import normaliser_shift
 from attnproof.properties.budgets.softmax import PROBES, Weighing, query_rounding, weighing
@@ -40,7 +40,7 @@ def attention_gradient_estimates(
 ) -> dict[str, Estimate]:
     """Gradients "dq", "dk", … with the errors of a kernel under ``contract``, before they are stored."""
     r = Roundings.of(contract, dtype_name(problem.dtype))
-    a = Propagation(r)
+    a = ScaledOperands(r, problem.scale)
     q, k, v = problem.computed(r) or problem.operands(a)
     do = a.exact(cotangents["o"])
     w = weighing(problem, r)
@@ -49,30 +49,20 @@ def attention_gradient_estimates(
     tanh = problem.capped(a, q, k)
     dp = a.store(a.matmul(do, a.transpose(v)), "dscores")
     delta = _delta(problem, reference, contract, a, p, dp, cotangents)
-    own = Estimate(p.value[..., :keys], p.certain[..., :keys], p.variance[..., :keys], _first(p.lost, keys))
+    own = p.columns(0, keys)
     whole = a.mul(own, a.sub(dp, delta))
     # Where dP overflows, 0·inf of a key that is not seen makes a NaN as well.
     ds = replace(a.masked(whole, problem.seen), lost=whole.lost)
     independent = replace(ds, variance=ds.spread + ds.value.square() * common)
     found = problem.backward(a, (q, k), a.masked(_raised(own, common), problem.seen), independent, do, tanh)
-    found["dq"] = _with_common_errors(problem, found["dq"], own, delta, common)
+    shift = delta.spread + _alike(r, own.value, dp.value)
+    found["dq"] = _with_common_errors(problem, found["dq"], own, shift, common)
     if max(r.operand, r.input) > 2.0**-20:
         _add_operand_response(problem, r, w, own.value, dp.value, do.value, found)
     if problem.sinks is not None:
-        sink = Estimate(
-            p.value[..., keys:],
-            p.certain[..., keys:],
-            p.variance[..., keys:],
-            _first(p.lost, keys, rest=True),
-        )
-        found["dsinks"] = problem.sink_gradient(a, _raised(sink, common), delta)
+        sink = _raised(p.columns(keys, None), common)
+        found["dsinks"] = problem.sink_gradient(a, sink, delta)
     return found
-
-
-def _first(marks: torch.Tensor | None, keys: int, *, rest: bool = False) -> torch.Tensor | None:
-    if marks is None:
-        return None
-    return marks[..., keys:] if rest else marks[..., :keys]
 
 
 def _weights(w: Weighing, r: Roundings) -> tuple[Estimate, torch.Tensor]:
@@ -123,7 +113,7 @@ def _delta(
     )
     delta = a.sum(a.mul(a.exact(cotangents["o"]), stored))
     keys = dp.value.shape[-1]
-    own = Estimate(p.value[..., :keys], p.certain[..., :keys], p.variance[..., :keys])  # type: ignore[index]
+    own = p.columns(0, keys)
     direct = a.sum(replace(a.masked(a.mul(own, dp), problem.seen), lost=dp.lost))
     marks = [x for x in (delta.lost, direct.lost) if x is not None]
     lost = None if not marks else torch.stack(marks).any(0)
@@ -133,26 +123,33 @@ def _delta(
     return delta
 
 
+def _alike(r: Roundings, p: torch.Tensor, dp: torch.Tensor) -> torch.Tensor:
+    """Variance, (B, H, M, 1), of the rounding of stored dP that is the same for all keys of a row.
+
+    Of V that hardly differs from key to key, dP is rounded by one amount: like an error of δ.
+    """
+    unit = r.storage("dscores")[0]
+    if unit < 2.0**-20 or not dp.shape[-1]:
+        return p.new_zeros((*p.shape[:-1], 1))
+    size = (p * dp.abs()).sum(-1, keepdim=True)
+    return coincidence(dp, unit) * (unit * size).square()
+
+
 def _with_common_errors(
-    problem: SoftmaxProblem, dq: Estimate, p: Estimate, delta: Estimate, common: torch.Tensor
+    problem: SoftmaxProblem, dq: Estimate, p: Estimate, shift: torch.Tensor, common: torch.Tensor
 ) -> Estimate:
-    """dq with the errors that all keys of a row share: δ's moves it by Σ p k, L's along itself."""
+    """dq with the errors that all keys of a row share: those of dP − δ move it by Σ p k, L's along itself.
+
+    ``shift`` and ``common`` are their variances, the latter relative to P; (B, H, M, 1). Under a soft cap
+    each dS is multiplied by 1 − tanh².
+    """
+    keys, weights = problem.keys().double(), p.value
     if problem.softcap is not None:
-        return replace(dq, variance=dq.spread * 2.0 + _through_cap(problem, dq, p, delta, common))
-    mean = p.value @ problem.keys().double()
-    shared = delta.spread * (problem.scale * mean).square() + common * dq.value.square()
+        scores = problem.queries().double() @ keys.mT * problem.scale
+        weights = weights * (1.0 - torch.tanh(scores / problem.softcap).square())
+    mean = weights @ keys
+    shared = shift * (problem.scale * mean).square() + common * dq.value.square()
     return replace(dq, variance=dq.spread + shared)
-
-
-def _through_cap(
-    problem: SoftmaxProblem, dq: Estimate, p: Estimate, delta: Estimate, common: torch.Tensor
-) -> torch.Tensor:
-    """The same where each dS is multiplied by 1 − tanh²."""
-    q, keys = problem.queries().double(), problem.keys().double()
-    assert problem.softcap is not None
-    slope = 1.0 - torch.tanh(q @ keys.mT * (problem.scale / problem.softcap)).square()
-    mean = (p.value * slope) @ keys
-    return delta.spread * (problem.scale * mean).square() + common * dq.value.square()
 
 
 def _add_operand_response(

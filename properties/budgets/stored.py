@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from attnproof.properties.budgets.base import Budget
+from attnproof.properties.budgets.base import ASKED, Budget, broadcast_mask
 from attnproof.properties.budgets.propagation import Estimate, Propagation
 from attnproof.properties.budgets.rounding import LARGEST, Roundings
 from attnproof.properties.contract import Contract
 
-__all__ = ["stored_budget"]
+__all__ = ["stored_budget", "with_edges"]
 
 # Slack for the float64 evaluation of the budget itself.
 _SLACK = 1.0 + 1e-6
@@ -45,5 +47,35 @@ def stored_budget(
         open=closed | lost,
         overflow=overflow,
         either=(exact.abs() + certain > largest) & ~overflow,
+        reasons={reason: count for reason, count in reasons.items() if count},
+    )
+
+
+def with_edges(
+    budget: Budget, contract: Contract, poisoned: torch.Tensor, tainted: torch.Tensor, keyless: torch.Tensor
+) -> Budget:
+    """What contract.md's edges leave open or ask literally, put into the budget of an output (B, H, M, E).
+
+    Args:
+        poisoned, keyless: bool (B, H, M), rows that see a non-finite input, or no key.
+        tainted: bool (B, H), heads that hold a non-finite input, seen or not.
+    """
+    shape = tuple(budget.certain.shape)
+    seen_bad = broadcast_mask(poisoned, shape)
+    empty = broadcast_mask(keyless, shape) & ~seen_bad
+    leaking = torch.zeros_like(empty)
+    if contract.unseen_nonfinite == "may-leak":
+        leaking = broadcast_mask(tainted, shape) & ~seen_bad
+    asked = contract.empty_row
+    undefined = empty & (asked == "undefined")
+    reasons = {
+        **budget.reasons,
+        "an unseen key is non-finite and the kernel declares that it may leak": int(leaking.sum()),
+        "the contract leaves rows without keys open": int(undefined.sum()),
+    }
+    return replace(
+        budget,
+        open=budget.open | leaking | undefined,
+        literal={} if asked == "undefined" else {ASKED[asked]: empty & ~leaking},
         reasons={reason: count for reason, count in reasons.items() if count},
     )

@@ -15,10 +15,10 @@ import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.budgets.base import dtype_name
+from attnproof.properties.budgets.stored import with_edges
 from attnproof.properties.contract import Contract, ContractError
 from attnproof.properties.families.arguments import finite
 from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
-from attnproof.properties.families.pointwise import with_edges
 
 __all__ = ["EASY", "EasyProblem"]
 

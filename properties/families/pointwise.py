@@ -10,7 +10,6 @@ those of K and V summed over the query heads that share them. What w, b and c ar
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,21 +19,18 @@ import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
-from attnproof.properties.budgets.base import ASKED, dtype_name
-from attnproof.properties.budgets.propagation import Estimate, Propagation
-from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, half_spacing
-from attnproof.properties.budgets.stored import stored_budget
+from attnproof.properties.budgets.base import dtype_name
+from attnproof.properties.budgets.pointwise import SharedErrors
+from attnproof.properties.budgets.propagation import Estimate, ScaledOperands, wider
+from attnproof.properties.budgets.rounding import Roundings
+from attnproof.properties.budgets.stored import stored_budget, with_edges
 from attnproof.properties.contract import Contract, ContractError
 from attnproof.properties.families.arguments import checked_tensors, finite, number
 from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
 from attnproof.properties.families.gradients import heads_together
 from attnproof.properties.families.visibility import visible
 
-__all__ = ["PointwiseFamily", "PointwiseProblem", "with_edges"]
-
-# Random signs with which responses to rounded operands are sampled: the standard deviation that comes out is
-# itself accurate to 1/√(2·probes), 35 %, of a part of the budget.
-_PROBES = 4
+__all__ = ["PointwiseFamily", "PointwiseProblem"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,12 +214,12 @@ class PointwiseProblem(Problem):
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
         """The definition over the arithmetic of budgets, divided before or after the product, stored once."""
         dtype = dtype_name(self.dtype)
-        a = _ScaledOperands(Roundings.of(contract, dtype), self.scale)
+        a = ScaledOperands(Roundings.of(contract, dtype), self.scale)
         p = a.masked(self.weights(a, self.scores(a)), self.seen)
         estimate = self._output(a, p, self.values(), early=False)
         if self.divisor != 1.0:
-            estimate = _wider(estimate, self._output(a, p, self.values(), early=True))
-        shared = _Shared(self, a).of_output()
+            estimate = wider(estimate, self._output(a, p, self.values(), early=True))
+        shared = SharedErrors(self, a).of_output()
         estimate = replace(estimate, variance=estimate.spread + shared)
         closed = broadcast_mask(self.undetermined(), self.shape("o"))
         budget = stored_budget(estimate, reference["o"].value, contract, dtype, closed)
@@ -236,14 +232,14 @@ class PointwiseProblem(Problem):
         cotangents: Mapping[str, torch.Tensor],
     ) -> dict[str, Estimate]:
         """The formulas over the arithmetic of budgets, with scale and 1/c before or after the products."""
-        a = _ScaledOperands(Roundings.of(contract, dtype_name(self.dtype)), self.scale)
+        a = ScaledOperands(Roundings.of(contract, dtype_name(self.dtype)), self.scale)
         cotangent = cotangents["o"]
         pieces = self._pieces(a, cotangent)
         early, late = (self._gradients(a, pieces, cotangent, early=early) for early in (True, False))
-        shared = _Shared(self, a).of_gradients(pieces, cotangent)
+        shared = SharedErrors(self, a).of_gradients(pieces, cotangent)
         found = {}
         for name in late:
-            estimate = _wider(early[name], late[name])
+            estimate = wider(early[name], late[name])
             found[name] = replace(estimate, variance=estimate.spread + shared[name])
         return found
 
@@ -283,192 +279,6 @@ class PointwiseProblem(Problem):
         )
         total = float(w.masked_fill(~seen, 0.0).sum())
         return f"{where} sees {count} of {len(seen)} keys; sum of weights {total:.3g}; most weight: {listed}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Shared:
-    """Errors that many terms of one sum have in common, and that do not average out: variances, to be added.
-
-    * Rounded constants: b moves all scores alike, scale stretches them.
-    * A query that is rounded (scaled, or to a narrower format) moves all scores of its row, a key those of
-      its column: sampled with random signs, as E (Σ_d r_d c_d)² = Σ_d c_d².
-    * Equal dP, as of ones for a cotangent or constant values, are rounded by the same amount; of equal
-      operands of a product ``Propagation`` takes care.
-    """
-
-    problem: PointwiseProblem
-    a: Propagation
-
-    def of_output(self) -> torch.Tensor:
-        """For o (B, H, M, E)."""
-        c, v = self.problem.divisor, self.problem.values().double()
-
-        def output(s: torch.Tensor) -> torch.Tensor:
-            return self._local(s)[0] @ v / c
-
-        s = self._scores()
-        exact = output(s)
-        total = torch.zeros_like(exact)
-        for t in self._constants(s):
-            total += (output(s + t) - exact).square()
-        for t, _ in self._probes(_PROBES):
-            total += (output(s + t) - exact).square() / _PROBES
-        return total
-
-    def of_gradients(
-        self, pieces: tuple[Estimate, Estimate, Estimate], cotangent: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """For dq, dk, dv, from P, w'(S) and dP."""
-        p, slope, dp = pieces
-        problem, factor = self.problem, self.problem.scale / self.problem.divisor
-        k, q, do = (
-            problem.keys().double(),
-            self._columns(problem.q.double()),
-            self._columns(cotangent.double()),
-        )
-
-        def gradients(w: torch.Tensor, ds: torch.Tensor) -> dict[str, torch.Tensor]:
-            dk, dv = self._columns(ds).mT @ q, self._columns(w).mT @ do
-            return {"dq": ds @ k * factor, "dk": dk * factor, "dv": dv / problem.divisor}
-
-        def moved(s: torch.Tensor) -> dict[str, torch.Tensor]:
-            w, w1 = self._local(s)
-            return gradients(w, w1 * dp.value)
-
-        s = self._scores()
-        exact = moved(s)
-        total = {name: torch.zeros_like(x) for name, x in exact.items()}
-        for t in self._constants(s):
-            for name, x in moved(s + t).items():
-                total[name] += (x - exact[name]).square()
-        for by_query, by_key in self._probes(_PROBES):
-            rows, columns = moved(s + by_query), moved(s + by_key)
-            for name, found in (("dq", rows), ("dk", columns), ("dv", columns)):
-                total[name] += (found[name] - exact[name]).square() / _PROBES
-        ds, size = slope.value * dp.value, dp.value.abs()
-        together = gradients(p.value, slope.value * dp.spread.sqrt() * dp.value.sign())
-        # The mean square of an error that is uniform is a third of its bound's.
-        total["dq"] += 3.0 * self._coincidence(ds, size) * together["dq"].square()
-        by_column = self._coincidence(self._columns(ds).mT, self._columns(size).mT)
-        total["dk"] += 3.0 * by_column * together["dk"].square()
-        return total
-
-    def _columns(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, M, X) as (B, G, H/G·M, X)."""
-        return x.reshape(x.shape[0], self.problem.k.shape[1], self.problem.group * x.shape[2], x.shape[3])
-
-    def _local(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """P and w' of scores s, float64 (B, H, M, N)."""
-        a, seen = EnclosureArithmetic(), self.problem.seen
-        p, slope = self.problem.weights(a, a.exact(s)), self.problem.slopes(a, a.exact(s))
-        return a.midpoint(a.masked(p, seen)), a.midpoint(a.masked(slope, seen))
-
-    def _scores(self) -> torch.Tensor:
-        a = EnclosureArithmetic()
-        return a.midpoint(self.problem.scores(a))
-
-    def _constants(self, s: torch.Tensor) -> list[torch.Tensor]:
-        """What a standard deviation of the rounding of b and of scale adds to the scores."""
-        a, u = EnclosureArithmetic(), 2.0 * self.a.r.elementwise / math.sqrt(3.0)
-        b = a.midpoint(self.problem.shifted(a, a.exact(torch.zeros_like(s))))
-        stretched = u * (s - b)
-        return [stretched, u * b] if bool(b.any()) else [stretched]
-
-    def _probes(self, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What rounded queries, and rounded keys, add to the scores, under random signs."""
-        r, scale = self.a.r, self.problem.scale
-        unit = max(r.operand, r.input)
-        if not unit:
-            return []
-        generator = torch.Generator().manual_seed(0)
-        q, k = self.problem.q.double(), self.problem.keys().double()
-        factors = ((q * scale, k), (k * scale, q))
-        moved = []
-        for _ in range(count):
-            signs = torch.randint(0, 2, (q.shape[-1],), generator=generator).double() * 2.0 - 1.0
-            rows, columns = (
-                torch.where(x == 0, 0.0, (unit * math.sqrt(MEAN_SQUARE) * x.abs()).clamp(min=r.operand_tiny))
-                * signs
-                @ other.mT
-                for x, other in factors
-            )
-            moved.append((rows, columns.mT))
-        return moved
-
-    def _coincidence(self, mass: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        """Chance (…, 1) that two terms of a row, drawn by |mass|, are not one but agree in |size| to u/4.
-
-        u is that of the format in which dP is stored.
-        """
-        mass, size = mass.abs(), size.abs()
-        if not mass.shape[-1]:
-            return mass.new_zeros((*mass.shape[:-1], 1))
-        near = max(self.a.r.storage("dscores")[0], self.a.r.operand) / 4.0
-        logs, order = size.clamp(min=1e-300).log().contiguous().sort(-1)
-        ordered = mass.gather(-1, order)
-        below = torch.nn.functional.pad(ordered.cumsum(-1), (1, 0))
-        high = below.gather(-1, torch.searchsorted(logs, logs + near, right=True))
-        low = below.gather(-1, torch.searchsorted(logs, logs - near, right=False))
-        pairs = (ordered * (high - low - ordered)).sum(-1, keepdim=True).clamp(min=0.0)
-        return pairs / below[..., -1:].square().clamp(min=1e-300)
-
-
-class _ScaledOperands(Propagation):
-    """Budgets in which a stored operand may have been scaled before, and be subnormal by that."""
-
-    def __init__(self, r: Roundings, scale: float) -> None:
-        super().__init__(r)
-        self.factor = min(abs(scale), 1.0)
-
-    def store(self, a: Estimate, kind: str) -> Estimate:
-        stored = super().store(a, kind)
-        tiny = self.r.operand_tiny
-        if kind != "operand" or not tiny or not self.factor:
-            return stored
-        present = (a.value != 0).double() / self.factor
-        spacing = half_spacing(a.value * self.factor, self.r.operand, tiny) * present
-        return replace(
-            stored,
-            certain=torch.maximum(stored.bound, tiny * present),
-            variance=torch.maximum(stored.spread, spacing.square() / 3.0),
-        )
-
-
-def _wider(a: Estimate, b: Estimate) -> Estimate:
-    """The errors of a kernel that may compute the same numbers in either of two orders."""
-    marks = [x for x in (a.lost, b.lost) if x is not None]
-    lost = torch.stack([x.expand(a.value.shape) for x in marks]).any(0) if marks else None
-    return Estimate(a.value, torch.maximum(a.bound, b.bound), torch.maximum(a.spread, b.spread), lost)
-
-
-def with_edges(
-    budget: Budget, contract: Contract, poisoned: torch.Tensor, tainted: torch.Tensor, keyless: torch.Tensor
-) -> Budget:
-    """What contract.md's edges leave open or ask literally, put into the budget of an output (B, H, M, E).
-
-    Args:
-        poisoned, keyless: bool (B, H, M), rows that see a non-finite input, or no key.
-        tainted: bool (B, H), heads that hold a non-finite input, seen or not.
-    """
-    shape = tuple(budget.certain.shape)
-    seen_bad = broadcast_mask(poisoned, shape)
-    empty = broadcast_mask(keyless, shape) & ~seen_bad
-    leaking = torch.zeros_like(empty)
-    if contract.unseen_nonfinite == "may-leak":
-        leaking = broadcast_mask(tainted, shape) & ~seen_bad
-    asked = contract.empty_row
-    undefined = empty & (asked == "undefined")
-    reasons = {
-        **budget.reasons,
-        "an unseen key is non-finite and the kernel declares that it may leak": int(leaking.sum()),
-        "the contract leaves rows without keys open": int(undefined.sum()),
-    }
-    return replace(
-        budget,
-        open=budget.open | leaking | undefined,
-        literal={} if asked == "undefined" else {ASKED[asked]: empty & ~leaking},
-        reasons={reason: count for reason, count in reasons.items() if count},
-    )
 
 
 class PointwiseFamily(Family):

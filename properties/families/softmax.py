@@ -76,7 +76,7 @@ class SoftmaxProblem(Problem):
         return tuple(self.q.shape[:3])
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype of the call's tensors."""
         return self.q.dtype
 
@@ -199,10 +199,9 @@ class SoftmaxProblem(Problem):
             delta = a.sub(delta, a.exact(cotangents["lse"].unsqueeze(-1)))
         sink = None if sunk is None else a.div(sunk, total)
         found = self.backward(a, (q, k), p, a.mul(p, a.sub(dp, delta)), do, tanh)
-        result = {name: found[name] for name in ("dq", "dk", "dv", "dbias") if name in found}
         if sink is not None:
-            result["dsinks"] = self.sink_gradient(a, sink, delta)
-        return result
+            found["dsinks"] = self.sink_gradient(a, sink, delta)
+        return found
 
     def backward(
         self, a: Arithmetic[V], operands: tuple[V, V], p: V, ds: V, do: V, tanh: V | None

@@ -354,8 +354,8 @@ class _Planner:
         one = self._rounded(1)
         if self.family == "easy":
             value = self._width(REGIMES["normal"])[1]
-            lengths = ((1, 1, one), (1, 2, 0), (0, 2, 2), (2, 3, one), (1, 1, 2))
-            shapes = [{"B": b, "H": h, "N": n, "E": value} for b, h, n in lengths]
+            few = ((1, 1, one), (1, 2, 0), (0, 2, 2), (2, 3, one), (1, 1, 2))
+            shapes = [{"B": b, "H": h, "N": n, "E": value} for b, h, n in few]
         elif not SIGNATURES[self.family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((1, one), (2, 0), (0, 3), (3, one), (1, 2))]
         else:
