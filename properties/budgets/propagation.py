@@ -219,7 +219,7 @@ class Propagation(Arithmetic[Estimate]):
         argument = 2.0 * self.r.elementwise * a.value.abs()
         relative = torch.expm1((a.bound + argument + self.r.exp).clamp(max=_LARGEST_EXPONENT))
         certain = value * relative + self.r.probabilities_tiny
-        variance = value.square() * (a.spread + (argument.square() + self.r.exp**2) / 3.0)
+        variance = value.square() * (a.spread + (argument.square() + self.r.exp**2) / 3.0) + self._flushed
         lost = a.value + a.bound > math.log(self.r.largest / 2.0)
         return self._checked(value, certain, variance, lost if a.lost is None else lost | a.lost)
 
@@ -252,7 +252,7 @@ class Propagation(Arithmetic[Estimate]):
         variance = (value * rest).square() * (a.spread + argument.square() / 3.0) + (
             2.0 * u * value
         ) ** 2 / 3.0
-        return self._checked(value, certain, variance, a.lost)
+        return self._checked(value, certain, variance + self._flushed, a.lost)
 
     def sigmoid_slope(self, a: Estimate) -> Estimate:
         """σ(1 − σ), also where a kernel computes it from a σ that is itself rounded: then it errs by u σ."""
@@ -265,7 +265,7 @@ class Propagation(Arithmetic[Estimate]):
         variance = (
             slope.square() * a.spread + (value * argument) ** 2 / 3.0 + (u * torch.sigmoid(a.value)) ** 2
         )
-        return self._checked(value, certain, variance, a.lost)
+        return self._checked(value, certain, variance + self._flushed, a.lost)
 
     def sqrt(self, a: Estimate) -> Estimate:
         u, value = self.r.elementwise, a.value.clamp(min=0.0).sqrt()
@@ -321,6 +321,11 @@ class Propagation(Arithmetic[Estimate]):
 
     def enclosure(self, a: Estimate) -> Enclosure:
         return Enclosure(a.value, a.bound)
+
+    @property
+    def _flushed(self) -> float:
+        """Variance of a result that may be flushed to zero where it is subnormal."""
+        return self.r.probabilities_tiny**2 / 3.0
 
     def _underflow(self, size: torch.Tensor) -> torch.Tensor:
         return torch.where(size == 0, 0.0, self.r.accumulate_tiny)
