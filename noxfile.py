@@ -1,4 +1,4 @@
-"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate, mutants."""
+"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate, gradients, dq, mutants."""
 
 from __future__ import annotations
 
@@ -92,6 +92,13 @@ def calibrate(session: nox.Session) -> None:
     """Judge correct kernels over thousands of cases and fit the thresholds of the probable budget."""
     install(session, "activations")
     session.run("python", "-m", "attnproof.calibration", *session.posargs)
+
+
+@nox.session
+def dq(session: nox.Session) -> None:
+    """Measure docs/dq.md again and write its tables and plots; with ``-- --check`` only compare."""
+    install(session)
+    session.run("python", "-m", "attnproof.dq", *session.posargs, env=SINGLE_THREADED)
 
 
 @nox.session

@@ -25,6 +25,8 @@ from tests.quality.mutants.proof import prove
 REPOSITORY = Path(__file__).parents[2]
 CASE = "softmax:float16:normal:B1,H2,G1,M9,N17,D16,E16:-:contiguous:1"
 
+GRADIENT = "softmax:float16:normal:B1,H2,G1,M9,N17,D16,E16:causal,cotangents=normal:contiguous:1"
+
 LONG = "softmax:float32:normal:B1,H2,G1,M33,N130,D64,E64:return_lse:contiguous:3"
 
 MUTANTS = {mutant.name: mutant for mutant in all_mutants()}
@@ -72,9 +74,43 @@ def test_a_copy_in_which_nothing_changed_is_not_proved_wrong(accuracy_only: bool
 
 def test_a_right_algorithm_that_rounds_otherwise_is_not_proved_wrong() -> None:
     # Smaller tiles of keys: another order of sums and other roundings, all of them declared.
-    other = example(edits=(("block_n=block_n or tiles.block_n", "block_n=block_n or 16"),), trigger=LONG)
+    edit = ("block_n=call.block_n or tiles.block_n", "block_n=call.block_n or 16")
+    other = example(edits=(edit,), trigger=LONG)
     assert not prove(other).wrong
     assert not prove(dataclasses.replace(other, accuracy_only=True)).wrong
+
+
+@pytest.mark.parametrize("accuracy_only", [False, True])
+def test_gradients_of_a_copy_in_which_nothing_changed_are_not_proved_wrong(accuracy_only: bool) -> None:
+    proof = prove(example(mechanism="gradient", trigger=GRADIENT, accuracy_only=accuracy_only))
+    assert not proof.wrong
+    assert {"o", "dq", "dk", "dv"} == set(proof.errors)
+    assert 0.0 < proof.factor <= 1.0
+
+
+def test_a_right_backward_pass_of_other_tiles_is_not_proved_wrong() -> None:
+    other = example(
+        mechanism="gradient",
+        module="attnproof.kernels.softmax_gradients",
+        edits=(('"BM": call.block_m or tiles.block_m', '"BM": call.block_m or 16'),),
+        trigger=LONG.replace("return_lse", "return_lse,cotangents=normal"),
+    )
+    assert not prove(other).wrong
+    assert not prove(dataclasses.replace(other, accuracy_only=True)).wrong
+
+
+def test_a_mutant_of_a_gradient_that_changes_an_output_is_not_proved_wrong() -> None:
+    forward = MUTANTS["triton_sum_not_rescaled"]
+    trigger = forward.trigger.replace("-:contiguous", "cotangents=normal:contiguous")
+    proof = prove(dataclasses.replace(forward, mechanism="gradient", trigger=trigger))
+    assert not proof.wrong
+    assert proof.how == "forward"
+
+
+def test_gradients_of_inputs_that_are_not_finite_have_no_proof() -> None:
+    case = GRADIENT.replace("normal:B1", "seen-nonfinite:B1").replace("causal,", "")
+    with pytest.raises(MutantError, match="have no exact value"):
+        prove(example(mechanism="gradient", trigger=case))
 
 
 def test_a_mutant_that_does_not_compile_is_not_proved_wrong() -> None:
@@ -88,6 +124,16 @@ def test_there_are_enough_mutants_of_every_mechanism() -> None:
     assert sum(mutant.accuracy_only for mutant in TRITON) >= 10
     assert {mutant.mechanism for mutant in TRITON} == set(MECHANISMS) - {"deception"}
     assert len({mutant.trigger for mutant in TRITON}) > len(TRITON) // 2
+
+
+@pytest.mark.parametrize(
+    ("family", "least"), [("softmax", 22), ("easy", 10), ("scaled_head", 10), ("differential", 10)]
+)
+def test_there_are_enough_mutants_of_every_family(family: str, least: int) -> None:
+    mutants = [mutant for mutant in TRITON if mutant.family == family]
+    backward = [mutant for mutant in mutants if mutant.backward]
+    assert len(backward if family == "softmax" else mutants) >= least
+    assert {"gradient", "accuracy"} <= {mutant.mechanism for mutant in backward}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=lambda m: m.name)
@@ -115,6 +161,7 @@ def test_a_module_that_the_base_does_not_use_is_named() -> None:
         ("base", "attnproof.kernels.softmax", "package.module:attribute"),
         ("mechanism", "magic", "expected one of masking"),
         ("trigger", "softmax", "trigger"),
+        ("mechanism", "gradient", "only a case with cotangents"),
         ("edits", (), "edits"),
         ("shows", (), "shows"),
     ],

@@ -3,9 +3,11 @@
     python -m tests.quality.detection.run [NAME …] [--judges ours|peers|both] [--sample N] [--write]
 
 Each mutant and each correct implementation is searched with the very same arguments as the kernel that it
-derives from. Results are kept in a record as they come, so that an interrupted run goes on where it stopped;
-``--write`` makes the finding that reports show (``verify/data/detection.json``) of it. The peers take several
-times as long: ``--sample`` lets them judge the first N mutants of an order drawn by a seed.
+derives from: a search of a differentiable kernel judges its gradients without being asked. Results are kept
+in a record as they come, so that an interrupted run goes on where it stopped; ``--write`` makes the finding
+that reports show (``verify/data/detection.json``) of it. The peers re-express forward tests of softmax
+attention, and are put to the mutants of that alone. They take several times as long: ``--sample`` lets them
+judge the first N of an order drawn by a seed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,6 +34,7 @@ __all__ = ["correct_implementations", "main", "searched"]
 
 _DATA = Path(__file__).parents[3] / "verify" / "data" / "detection.json"
 _PEER_SECONDS = 60.0
+_PEERS_FAMILY = "softmax"
 _ORDER_SEED = 20261122
 
 
@@ -40,10 +43,15 @@ def device_of(target: str) -> str:
     return "cpu" if target.startswith("attnproof.healthy") and "triton" not in target else default_device()
 
 
-def correct_implementations() -> tuple[str, ...]:
-    """Targets of the correct softmax implementations of the calibration."""
-    targets = calibration.IMPLEMENTATIONS
-    return tuple(t for t in targets if contract_of(resolve(t)).family == "softmax")  # type: ignore[union-attr]
+def correct_implementations(families: Collection[str]) -> tuple[str, ...]:
+    """Targets of the calibration's correct implementations of these families."""
+    return tuple(t for t in calibration.IMPLEMENTATIONS if _family(t) in families)
+
+
+def _family(target: str) -> str:
+    contract = contract_of(resolve(target))
+    assert contract is not None, f"{target} declares no contract"
+    return contract.family
 
 
 def searched(kernel: str, target: str, base: str, shows: Sequence[str], seconds: float) -> Verdict:
@@ -79,12 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(chosen.names) - {m.name for m in mutants}:
         raise MutantError(f"no mutant is called {min(unknown)!r}")
     bases = tuple(dict.fromkeys(m.base for m in mutants))
-    correct = bases if chosen.names else tuple(dict.fromkeys((*bases, *correct_implementations())))
+    others = () if chosen.names else correct_implementations({m.family for m in mutants})
+    correct = tuple(dict.fromkeys((*bases, *others)))
     verdicts = _Record(chosen.record)
     if chosen.judges != "peers":
         _ask_ours(verdicts, correct, mutants, chosen.seconds)
     if chosen.judges != "ours":
-        _ask_peers(verdicts, correct, _shuffled(mutants)[: chosen.sample])
+        forward = [m for m in mutants if m.family == _PEERS_FAMILY and not m.backward]
+        known = [target for target in correct if _family(target) == _PEERS_FAMILY]
+        _ask_peers(verdicts, known, _shuffled(forward)[: chosen.sample])
     wanted = {*correct, *(m.name for m in mutants)}
     found = [v for v in verdicts.all if v.kernel in wanted]
     print(kill_table(mutants, found))

@@ -66,9 +66,15 @@ def living(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Mutan
 
 def common(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Mutant]:
     """The mutants that every judge was put to: only on them are judges compared."""
+    asked = _asked_by_all(verdicts)
+    return [m for m in mutants if m.name in asked]
+
+
+def _asked_by_all(verdicts: Sequence[Verdict]) -> set[str]:
+    """The kernels that every judge was put to."""
     judges = {v.judge for v in verdicts}
     asked = {(v.kernel, v.judge) for v in verdicts}
-    return [m for m in mutants if all((m.name, judge) in asked for judge in judges)]
+    return {v.kernel for v in verdicts if all((v.kernel, judge) in asked for judge in judges)}
 
 
 def summary_rows(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Judged]:
@@ -104,7 +110,7 @@ def kill_table(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> str:
     """Markdown: ours over all mutants, then every judge over those that all of them judged."""
     rows = summary_rows(mutants, [v for v in verdicts if v.judge == OURS])
     if len({v.judge for v in verdicts}) > 1:
-        rows += summary_rows(common(mutants, verdicts), _without_others(mutants, verdicts))
+        rows += summary_rows(common(mutants, verdicts), _without_others(verdicts))
     lines = [
         "| judge | mutants killed | only lose accuracy | held out | correct accused | median s to kill |",
         "| --- | --: | --: | --: | --: | --: |",
@@ -125,7 +131,7 @@ def kill_table(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> str:
 def finding(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Finding:
     """What every report shows: judges against each other, and mutant × judge."""
     (ours,) = summary_rows(mutants, [v for v in verdicts if v.judge == OURS])
-    rows = summary_rows(common(mutants, verdicts), _without_others(mutants, verdicts))
+    rows = summary_rows(common(mutants, verdicts), _without_others(verdicts))
     same, peers = rows[0], rows[1:]
     ahead = all(same.kills >= peer.kills and same.alarms <= peer.alarms for peer in peers)
     lives = living(mutants, verdicts)
@@ -144,10 +150,10 @@ def finding(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Finding:
     )
 
 
-def _without_others(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """The verdicts on the mutants that all judges judged, and on correct implementations."""
-    left_out = {m.name for m in mutants} - {m.name for m in common(mutants, verdicts)}
-    return [v for v in verdicts if v.kernel not in left_out]
+def _without_others(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts on the mutants and correct implementations that all judges judged."""
+    asked = _asked_by_all(verdicts)
+    return [v for v in verdicts if v.kernel in asked]
 
 
 def _judges(rows: Sequence[Judged]) -> Series:

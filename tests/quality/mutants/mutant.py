@@ -28,6 +28,7 @@ MECHANISMS = (
     "accuracy",
     "deception",
     "race",
+    "gradient",
 )
 
 HELD_OUT_SEED = 20261122
@@ -47,7 +48,7 @@ class Mutant:
         base: target of the right kernel that it derives from.
         edits: (old, new) replacements in the source of the base's module, or of ``module``; each old text
             occurs exactly once when its turn comes.
-        mechanism: one of :data:`MECHANISMS`.
+        mechanism: one of :data:`MECHANISMS`; "gradient" for one that leaves all outputs as they are.
         bug: "B03" of bugs.md, a paper, or "".
         story: one sentence: what is wrong, in plain words.
         trigger: text of a case on which it is proved wrong; never given to the search.
@@ -89,9 +90,24 @@ class Mutant:
         if not self.shows or not self.story:
             raise MutantError(f"{self.name}: expected a story and at least one rule in shows")
         try:
-            Case.parse(self.trigger)
+            case = Case.parse(self.trigger)
         except CaseError as error:
             raise MutantError(f"{self.name}: trigger: {error}") from error
+        if self.mechanism == "gradient" and case.option("cotangents") is None:
+            raise MutantError(
+                f"{self.name}: trigger {self.trigger}: the defect is in a gradient, which only a case with "
+                "cotangents=… asks for"
+            )
+
+    @property
+    def family(self) -> str:
+        """The family of the right kernel."""
+        return Case.parse(self.trigger).family
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are where it is proved wrong."""
+        return Case.parse(self.trigger).option("cotangents") is not None
 
     @property
     def target(self) -> str:

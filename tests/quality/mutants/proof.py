@@ -2,7 +2,9 @@
 
 A mutant that nothing can tell from its base says nothing about the power of a tool; nor does one whose
 wrongness was established by the tool itself. Here mutant and base run on the same inputs, and both are
-measured against exact results with a proved radius.
+measured against exact results with a proved radius. Where the trigger has cotangents, so are the gradients of
+Σ outputs·cotangents, against the family's closed formulas; a mutant whose mechanism is "gradient" must leave
+the outputs themselves as they are, bit for bit.
 
     python -m tests.quality.mutants.proof [NAME…]
 """
@@ -19,7 +21,12 @@ from typing import Any
 import torch
 
 import attnproof
+from attnproof.properties.arithmetic.balls import ArbArithmetic
 from attnproof.properties.case import Case, Inputs, make_inputs
+from attnproof.properties.families import family_of
+from attnproof.properties.families.base import Problem
+from attnproof.properties.families.gradients import GradientProblem
+from attnproof.properties.oracle import evaluate
 from attnproof.targets import resolve
 from tests.quality.mutants.built import build
 from tests.quality.mutants.mutant import Mutant, MutantError, all_mutants
@@ -36,6 +43,9 @@ SIGNIFICANT = 8.0
 """Standard errors by which a signed mean must differ from 0: chance does that less than once in 10¹⁴."""
 
 TARGET = "sm_90"
+
+BITS = 128
+"""Precision of the exact results; each comes with its own radius."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,11 @@ class Proof:
 
     Attributes:
         mutant: name; wrong: whether it is proved wrong; how: "error", "rms", "mean", "mutation", or the
-            name of an exception that the mutant raised, its base did not, and ``shows`` announces.
+            name of an exception that the mutant raised, its base did not, and ``shows`` announces;
+            "forward" where a mutant of the backward pass changes an output, which proves nothing of it.
         factor: largest ratio of mutant to base over the outputs, of what ``how`` names; inf where the base
             has no such error.
-        errors: by output, the errors of (mutant, base).
+        errors: by output, and by gradient where the trigger has cotangents, the errors of (mutant, base).
     """
 
     mutant: str
@@ -96,6 +107,9 @@ def prove(mutant: Mutant) -> Proof:
         return Proof(mutant.name, True, "mutation", math.inf)
     if [x.shape for x in found.outputs.values()] != [x.shape for x in base.outputs.values()]:
         return Proof(mutant.name, True, "shape", math.inf)
+    forward = family_of(case.family).returned(make_inputs(case).options)
+    if mutant.mechanism == "gradient" and not all(_same(found.outputs[n], base.outputs[n]) for n in forward):
+        return Proof(mutant.name, False, "forward", math.nan)
     exact = _exact(case)
     errors = {
         name: (
@@ -134,16 +148,34 @@ class _Returned:
 
 
 def _called(function: Callable[..., Any], case: Case) -> _Returned | Exception:
-    """One call on fresh inputs, under emulation, memory of fresh tensors full of NaN."""
+    """One call on fresh inputs, under emulation; outputs, then gradients as "d" + the name of the input."""
     inputs, untouched = make_inputs(case), make_inputs(case)
+    sources = _differentiated(inputs, case)
+    for tensor in sources.values():
+        tensor.requires_grad_(True)
     with attnproof.emulate(TARGET):
         try:
             value = function(*inputs.tensors.values(), **inputs.options)
+            values = value if isinstance(value, tuple) else (value,)
+            outputs = dict(zip(family_of(case.family).returned(inputs.options), values, strict=True))
+            if sources:
+                weights = [inputs.cotangents[name] for name in outputs]
+                found = torch.autograd.grad(list(outputs.values()), list(sources.values()), weights)
+                outputs |= {f"d{name}": x for name, x in zip(sources, found, strict=True)}
         except Exception as error:
             return error
-    values = value if isinstance(value, tuple) else (value,)
-    outputs = dict(zip(("o", "lse"), values, strict=False))
+    for tensor in sources.values():
+        tensor.requires_grad_(False)
+    outputs = {name: x.detach() for name, x in outputs.items()}
     return _Returned(outputs, any(not _same(a, b) for a, b in _pairs(inputs, untouched)))
+
+
+def _differentiated(inputs: Inputs, case: Case) -> dict[str, torch.Tensor]:
+    """The tensors of the call that have a gradient, by name; none where the case has no cotangents."""
+    if not inputs.cotangents:
+        return {}
+    given = {**inputs.tensors, **inputs.options}
+    return {name: given[name] for name in _problem(case).differentiated}
 
 
 def _pairs(a: Inputs, b: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -161,10 +193,32 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def _exact(case: Case) -> dict[str, attnproof.Enclosure]:
+def _problem(case: Case) -> Problem:
     inputs = make_inputs(case)
-    found = attnproof.reference("softmax", *inputs.tensors.values(), arithmetic="arb", **inputs.options)
-    return dict(zip(("o", "lse"), found if isinstance(found, tuple) else (found,), strict=False))
+    return family_of(case.family).problem(*inputs.tensors.values(), **inputs.options)
+
+
+def _exact(case: Case) -> dict[str, attnproof.Enclosure]:
+    """Outputs, and gradients where the case has cotangents, with the radii of Arb.
+
+    Raises:
+        MutantError: for gradients of inputs that are not finite, which the contract leaves open.
+    """
+    inputs, options = make_inputs(case), make_inputs(case).options
+    found = attnproof.reference(case.family, *inputs.tensors.values(), arithmetic="arb", **options)
+    values = found if isinstance(found, tuple) else (found,)
+    exact = dict(zip(family_of(case.family).returned(options), values, strict=True))
+    if not inputs.cotangents:
+        return exact
+    problem = _problem(case)
+    if problem.nonfinite:
+        raise MutantError(f"{case.id}: gradients of inputs that are not finite have no exact value")
+    cotangents = {name: x.double() for name, x in inputs.cotangents.items()}
+    gradients = GradientProblem(problem, exact, cotangents)
+    for name, enclosure in evaluate(gradients, ArbArithmetic(BITS)).items():
+        shape = gradients.shape(name)
+        exact[name] = attnproof.Enclosure(enclosure.value.reshape(shape), enclosure.radius.reshape(shape))
+    return exact
 
 
 def _errors(got: torch.Tensor, exact: attnproof.Enclosure, *, floor: bool = False) -> Errors:

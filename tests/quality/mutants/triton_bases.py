@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["ARGUMENTS", "FAULT", "MERGE", "NUMERIC", "SPLIT", "THREE", "TILES", "WHOLE"]
+__all__ = [
+    "ARGUMENTS",
+    "ATOMIC",
+    "BACKWARD",
+    "FAULT",
+    "GRADIENTS",
+    "MERGE",
+    "NUMERIC",
+    "SPLIT",
+    "THREE",
+    "TILES",
+    "WHOLE",
+]
 
 WHOLE = "attnproof.kernels.softmax:attention"
+ATOMIC = "attnproof.kernels.softmax:attention_atomic"
 SPLIT = "attnproof.kernels.softmax:attention_split"
 THREE = "attnproof.adapters:attention_split_in_three"
 
 # Modules that the kernels import and that some edits are made in.
 SOFTMAX = "attnproof.kernels.softmax"
+BACKWARD = "attnproof.kernels.softmax_backward"
+GRADIENTS = "attnproof.kernels.softmax_gradients"
 MERGE = "attnproof.kernels.merge"
 ARGUMENTS = "attnproof.kernels.arguments"
 TILES = "attnproof.kernels.tiles"
