@@ -16,12 +16,16 @@ from attnproof.properties.invariants.base import (
     Invariant,
     Merge,
     Plan,
+    Recipe,
     Relation,
     Select,
     Term,
 )
+from attnproof.properties.invariants.easy import EASY
+from attnproof.properties.invariants.gradients import EASY_GRADIENTS, GRADIENTS
 from attnproof.properties.invariants.isolation import ISOLATION
 from attnproof.properties.invariants.rows import ROWS
+from attnproof.properties.invariants.scores import OWN
 from attnproof.properties.invariants.softmax import SYMMETRIES
 
 __all__ = [
@@ -65,21 +69,66 @@ _STATEMENTS = {
     "causal-future": "values after a position change nothing before it (contract.md, causality)",
     "length-padding": "lengths padded by keys and queries that nobody sees change nothing, "
     "whole tiles or not (contract.md, The edges)",
+    "gradient-linearity": "gradients are linear in the cotangent: g(a) + g(b) = g(a + b)",
+    "score-shift-gradient": "rows of dS sum to 0, since a shift of a row changes nothing (theory.md EXA-5b)",
+    "unseen-gradient": "keys that no query sees, and queries that see no key, have gradients of exactly 0 "
+    "(contract.md, The edges)",
+    "one-hot-value-gradient": "a row with all weight on one key gives its dO to that key's dv, and "
+    "nothing to q and k",
+    "block-additivity": "outputs over two parts of the keys, dealt in any order, add up (theory.md SIG-9)",
+    "saturated-slope": "where σ rounds to 1 its slope is still e^−x/(1 + e^−x)², not 0 (bugs B63)",
+    "bias-norm": "at scores of 0 the output is n/(n + 1) times the mean value with bias −log n, n/2 times it "
+    "with bias 0 (theory.md SIG-3)",
+    "positive-homogeneity": "q times 2 gives the output times 2^power",
+    "score-linearity": "the output is linear in the learned scores (theory.md EASY-2)",
+    "common-shift": "one vector added to all queries and keys changes nothing (theory.md PD-2)",
+    "constant-windows": "windows of equal keys are windows of one key (theory.md PD-3)",
+    "equal-halves": "two equal attentions with λ = 1 cancel (Ye et al. 2024)",
+    "lambda-linearity": "the output is affine in λ (Ye et al. 2024)",
+}
+
+_LEFT_ALONE = ("determinism", "inputs-unmodified", "strides")
+_ATTENTION = (
+    *("key-permutation", "query-permutation", "value-linearity", *_LEFT_ALONE),
+    *("batch-independence", "head-independence", "row-independence", "grouped-heads", "length-padding"),
+    *("gradient-linearity",),
+)
+_MASKED = ("masked-padding", "causal-future", "unseen-gradient")
+# Weights that are positive and add up to 1, of scores that may be shifted.
+_SOFTMAX_LIKE = ("score-shift", "convex-hull", "ones", "score-shift-gradient")
+_GENERIC: Mapping[str, tuple[str, ...]] = {
+    "softmax": (*SYMMETRIES, *ISOLATION, *GRADIENTS),
+    "sigmoid": (*_ATTENTION, *_MASKED),
+    "relu": (*_ATTENTION, *_MASKED),
+    "batch_normalised": (*_ATTENTION, *_SOFTMAX_LIKE, "key-duplication"),
+    # Its keys have places; permuted within windows in a way of its own.
+    "scaled_head": tuple(name for name in (*_ATTENTION, *_SOFTMAX_LIKE) if name != "key-permutation"),
+    # Not in the hull of its values: weights may be negative.
+    "differential": (
+        *(*_ATTENTION, *_MASKED, "key-duplication"),
+        *(name for name in _SOFTMAX_LIKE if name != "convex-hull"),
+    ),
+    "easy": _LEFT_ALONE,
+}
+_ALL = {**SYMMETRIES, **ISOLATION, **GRADIENTS}
+_RECIPES: Mapping[str, Mapping[str, Recipe]] = {
+    "logsumexp": ROWS,
+    "softmax_rows": ROWS,
+    **{
+        family: {
+            **{name: _ALL[name] for name in names},
+            **OWN.get(family, {}),
+            **({**EASY, **EASY_GRADIENTS} if family == "easy" else {}),
+        }
+        for family, names in _GENERIC.items()
+    },
 }
 
 INVARIANTS: Mapping[str, Invariant] = {
     name: Invariant(
         name,
         statement,
-        {
-            family: recipes[name]
-            for family, recipes in (
-                ("softmax", {**SYMMETRIES, **ISOLATION}),
-                ("logsumexp", ROWS),
-                ("softmax_rows", ROWS),
-            )
-            if name in recipes
-        },
+        {family: recipes[name] for family, recipes in _RECIPES.items() if name in recipes},
     )
     for name, statement in _STATEMENTS.items()
 }

@@ -70,12 +70,19 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """``factor`` times the selected elements of an output of the call with index ``call`` in the plan."""
+    """``factor`` times the selected elements of an output of the call with index ``call`` in the plan.
+
+    Attributes:
+        output: an output's name, or "d" + an input's for a gradient, which a kernel need not have.
+        select: keeps the last axis where the output has one within its rows.
+        summed: Σ over the last axis of what is selected, which goes.
+    """
 
     call: int
     output: str
     factor: float = 1.0
     select: Select | None = None
+    summed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +92,19 @@ class Balance:
     Attributes:
         terms: all of one shape once selected; no element of an output is selected twice by one term.
         constant: float64, broadcast to that shape, or a number; radius: how far it may be from the exact one.
-        bitwise: the two terms, of factors 1 and −1, must be equal by value.
+        bitwise: the two terms, of factors 1 and −1, must be equal by value; or the one, of factor 1, to
+            ``constant``.
     """
 
     terms: tuple[Term, ...]
     constant: torch.Tensor | float = 0.0
     radius: torch.Tensor | float = 0.0
     bitwise: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what is tied."""
+        return tuple(term.output for term in self.terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +113,26 @@ class Merge:
 
     whole: int
     parts: tuple[int, int]
+    outputs = ("o", "lse")
 
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """lower ≤ output ≤ upper in exact arithmetic; float64 tensors of the output's shape."""
+    """lower ≤ output ≤ upper in exact arithmetic; float64 tensors of the output's shape.
+
+    With ``strict`` the kernel's own result must lie between them, whatever its budget allows.
+    """
 
     call: int
     output: str
     lower: torch.Tensor
     upper: torch.Tensor
+    strict: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The name of what is bounded."""
+        return (self.output,)
 
 
 Relation = Balance | Merge | Bounds

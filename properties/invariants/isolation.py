@@ -1,6 +1,7 @@
-"""Invariants of softmax attention that say what a result does not depend on (contract.md, "The edges").
+"""Invariants of attention that say what a result does not depend on (contract.md, "The edges").
 
-Other batch entries, heads and rows; keys that a row does not see, in the future or in the padding.
+Other batch entries, heads and rows; keys that a row does not see, in the future or in the padding. What holds
+for a result holds for its gradient, but that sums over heads, rows or the batch are made of their parts.
 """
 
 from __future__ import annotations
@@ -13,18 +14,34 @@ import torch
 from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.visibility import visible
-from attnproof.properties.invariants.base import Balance, Plan, Recipe, far_values, rows_from
+from attnproof.properties.invariants.base import (
+    Balance,
+    Plan,
+    Recipe,
+    Select,
+    Term,
+    far_values,
+    rows_from,
+)
 from attnproof.properties.invariants.calls import (
+    Selects,
     affordable,
     all_same,
     as_it_is,
     attention_call,
+    base_call,
     changed,
     choice,
+    cotangents_by,
+    differentiated,
+    every_gradient,
     hides_appended,
+    length_given,
     pieces,
     positional,
+    same_gradients,
     sliced,
+    takes_masks,
     with_appended,
 )
 
@@ -37,7 +54,12 @@ _TILE = 128
 
 
 def _padding_fits(case: Case, contract: Contract) -> bool:
-    return hides_appended(case, contract) or "bias" in contract.options
+    return (hides_appended(case, contract) or takes_masks(contract)) and _length_free(case, contract)
+
+
+def _length_free(case: Case, contract: Contract) -> bool:
+    """Whether the number of keys may change: sigmoid's default bias depends on it."""
+    return case.family != "sigmoid" or case.option("bias") is not None or "bias" in contract.options
 
 
 def _unseen_by_all(case: Case, contract: Contract) -> bool:
@@ -45,7 +67,35 @@ def _unseen_by_all(case: Case, contract: Contract) -> bool:
     return not hides_appended(case, contract)
 
 
-def _masked_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan:
+def _kept_gradients(case: Case, own: Inputs, more: Inputs, *, call: int = 1) -> tuple[Balance, ...]:
+    """Gradients by what the case has, in a call with more keys and queries, are the base's; others are 0."""
+    m, n = case["M"], case["N"]
+    selects: dict[str, Selects] = {
+        **every_gradient(own),
+        "q": (None, rows_from(0, m, 2)),
+        "k": (None, rows_from(0, n, 2)),
+        "v": (None, rows_from(0, n, 2)),
+    }
+    bias, longer = own.options.get("bias"), more.options.get("bias")
+    if isinstance(bias, torch.Tensor):
+        assert longer is not None
+        selects["bias"] = (None, lambda x: x[:, :, : bias.shape[2], : bias.shape[3]])
+        if bias.shape[3] == 1 < longer.shape[3]:
+            # One entry for all keys became one for each, to hide the new ones.
+            del selects["bias"]
+    rest = more.tensors["k"].shape[2] - n
+    kept = same_gradients(
+        more, {name: selects[name] for name in differentiated(own) if name in selects}, call=call
+    )
+    if not rest or not more.cotangents:
+        return kept
+    return (*kept, *(Balance((Term(call, name, 1.0, rows_from(n, n + rest, 2)),)) for name in ("dk", "dv")))
+
+
+def _masked_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
+    own = length_given(case, inputs, contract)
+    if own is None:
+        return None
     multiple = contract.supports.multiple_of
     count = multiple if multiple > 1 else _FEW
     moves = positional(case) or case.option("cu_seqlens")
@@ -54,14 +104,15 @@ def _masked_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     if contract.unseen_nonfinite == "isolated":
         fillers.append(torch.tensor([torch.nan, torch.inf, -torch.inf]))
     familiar = _unseen_by_all(case, contract)
-    calls = [as_it_is(case, inputs)]
+    calls = [base_call(case, inputs, own)]
     relations: list[Balance] = []
     for number, filler in enumerate(fillers, 1):
-        more = with_appended(case, inputs, contract, count, rows, filler)
+        more = with_appended(case, own, contract, count, rows, filler)
         kind = "finite" if filler is None else "NaN and infinite"
         words = f"{kind} keys appended that no row of the case sees"
         calls.append(attention_call(case, words, more, familiar=familiar))
-        relations += all_same(inputs, variant=rows_from(0, case["M"], 2), call=number)
+        relations += all_same(case, inputs, variant=rows_from(0, case["M"], 2), call=number)
+        relations += _kept_gradients(case, own, more, call=number)
     return Plan(tuple(calls), tuple(relations))
 
 
@@ -78,16 +129,20 @@ def _length_padding_fits(case: Case, contract: Contract) -> bool:
     return affordable(case, growth) and (_padding_fits(case, contract) or not moves)
 
 
-def _length_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan:
+def _length_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
     able = _padding_fits(case, contract)
+    own = length_given(case, inputs, contract) if able else inputs
+    if own is None:
+        return None
     count = _to_tile(case["N"], contract.supports.multiple_of) if able else 0
     moves = positional(case) or case.option("cu_seqlens")
     rows = count if moves else _to_tile(case["M"], 1)
-    longer = with_appended(case, inputs, contract, count, rows)
+    longer = with_appended(case, own, contract, count, rows)
     words = f"{count} keys that no row of the case sees and {rows} queries appended"
     familiar = _unseen_by_all(case, contract)
-    calls = (as_it_is(case, inputs), attention_call(case, words, longer, familiar=familiar))
-    return Plan(calls, all_same(inputs, variant=rows_from(0, case["M"], 2)))
+    calls = (base_call(case, inputs, own), attention_call(case, words, longer, familiar=familiar))
+    relations = all_same(case, inputs, variant=rows_from(0, case["M"], 2))
+    return Plan(calls, (*relations, *_kept_gradients(case, own, longer)))
 
 
 def _batch_fits(case: Case, contract: Contract) -> bool:
@@ -105,22 +160,31 @@ def _separable(lengths: tuple[int, ...], contract: Contract) -> list[int]:
 def _batch_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     bias = inputs.options.get("bias")
     lengths = case.option("cu_seqlens")
+    own_bias: Select | None = None
     if lengths is None:
         b = choice(case, "batch-independence", 0, case["B"])
-        tensors = {name: tensor[b : b + 1] for name, tensor in inputs.tensors.items()}
-        alone = changed(inputs, **tensors, bias=sliced(bias, 0, b, b + 1))
         words, select = f"its batch entry {b} alone", rows_from(b, b + 1, 0)
+        alone = changed(inputs, bias=sliced(bias, 0, b, b + 1))
+        if isinstance(bias, torch.Tensor) and bias.shape[0] > 1:
+            own_bias = select
     else:
         able = _separable(lengths, contract)
         i = able[choice(case, "batch-independence", 0, len(able))]
         start, stop = pieces(inputs)[i]
-        tensors = {name: tensor[:, :, start:stop] for name, tensor in inputs.tensors.items()}
+        words, select = f"its packed sequence {i} alone", rows_from(start, stop, 2)
         ends = torch.tensor([0, stop - start], dtype=torch.int32)
         bias = sliced(sliced(bias, 2, start, stop), 3, start, stop)
-        alone = changed(inputs, **tensors, bias=bias, cu_seqlens=ends)
-        words, select = f"its packed sequence {i} alone", rows_from(start, stop, 2)
+        alone = changed(inputs, bias=bias, cu_seqlens=ends)
+        if isinstance(bias, torch.Tensor) and min(inputs.options["bias"].shape[2:]) > 1:
+            own_bias = lambda x: x[:, :, start:stop, start:stop]  # noqa: E731
+    cut: dict[str, Any] = {name: select(inputs.tensors[name]) for name in "qkv"}
+    alone = changed(alone, **cut, cotangents=cotangents_by(inputs, select))
+    selects: dict[str, Selects] = dict.fromkeys("qkv", (select, None))
+    if own_bias is not None:
+        selects["bias"] = (own_bias, None)
     calls = (as_it_is(case, inputs), attention_call(case, words, alone))
-    return Plan(calls, all_same(inputs, select, bitwise=contract.batch_invariant))
+    relations = all_same(case, inputs, select, bitwise=contract.batch_invariant)
+    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
 
 
 def _several_heads(case: Case, contract: Contract) -> bool:
@@ -128,26 +192,37 @@ def _several_heads(case: Case, contract: Contract) -> bool:
 
 
 def _head_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
+    """One query head with its key head; all that share it where there are gradients, which sum over them."""
+    group = case["H"] // case["G"]
     h = choice(case, "head-independence", 0, case["H"])
-    g = h // (case["H"] // case["G"])
-    q, k, v = inputs.tensors.values()
-    sinks = inputs.options.get("sinks")
-    alone = changed(
-        inputs,
-        q=q[:, h : h + 1],
-        k=k[:, g : g + 1],
-        v=v[:, g : g + 1],
-        bias=sliced(inputs.options.get("bias"), 1, h, h + 1),
-        sinks=None if sinks is None else sinks[h : h + 1],
-    )
-    calls = (as_it_is(case, inputs), attention_call(case, f"its head {h} alone", alone))
-    return Plan(calls, all_same(inputs, rows_from(h, h + 1, 1)))
+    g = h // group
+    whole = bool(inputs.cotangents) and case["G"] > 1
+    start, stop = (g * group, (g + 1) * group) if whole else (h, h + 1)
+    select, key_select = rows_from(start, stop, 1), rows_from(g, g + 1, 1)
+    changes: dict[str, Any] = {name: key_select(inputs.tensors[name]) for name in "kv"}
+    changes["q"] = select(inputs.tensors["q"])
+    given = {**inputs.tensors, **inputs.options}
+    for name in ("sinks", "alibi_slopes", "beta", "lam", "pool"):
+        if given.get(name) is not None:
+            changes[name] = given[name][start:stop]
+    bias = inputs.options.get("bias")
+    changes["bias"] = sliced(bias, 1, start, stop)
+    alone = changed(inputs, **changes, cotangents=cotangents_by(inputs, select))
+    selects: dict[str, Selects] = {"q": (select, None)}
+    selects |= dict.fromkeys(("sinks", "beta", "lam"), (rows_from(start, stop, 0), None))
+    if whole or group == 1:
+        selects |= dict.fromkeys("kv", (key_select, None))
+    if isinstance(bias, torch.Tensor) and bias.shape[1] > 1:
+        selects["bias"] = (select, None)
+    which = f"head {h}" if stop - start == 1 else f"heads {start}…{stop - 1}"
+    calls = (as_it_is(case, inputs), attention_call(case, f"its {which} alone", alone))
+    return Plan(calls, (*all_same(case, inputs, select), *same_gradients(inputs, selects)))
 
 
 def _rows_fit(case: Case, contract: Contract) -> bool:
     top_left = contract.causal_alignment == "top-left" and bool(case.option("causal"))
-    moves = top_left and case.option("window") is not None
-    return case["M"] > 1 and not case.option("cu_seqlens") and not moves
+    aligned_right = case.option("window") is not None or case.option("alibi_slopes")
+    return case["M"] > 1 and not case.option("cu_seqlens") and not (top_left and aligned_right)
 
 
 def _row_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
@@ -158,10 +233,20 @@ def _row_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     if case.seed % 2:
         cut = 1 if first else case["M"] - 1
     start, stop = (0, cut) if first else (cut, case["M"])
-    bias = sliced(inputs.options.get("bias"), 2, start, stop)
-    alone = changed(inputs, q=inputs.tensors["q"][:, :, start:stop], bias=bias)
+    select = rows_from(start, stop, 2)
+    bias = inputs.options.get("bias")
+    alone = changed(
+        inputs,
+        q=select(inputs.tensors["q"]),
+        bias=sliced(bias, 2, start, stop),
+        cotangents=cotangents_by(inputs, select),
+    )
+    selects: dict[str, Selects] = {"q": (select, None)}
+    if isinstance(bias, torch.Tensor) and bias.shape[2] > 1:
+        selects["bias"] = (select, None)
     calls = (as_it_is(case, inputs), attention_call(case, f"its queries {start}…{stop - 1} alone", alone))
-    return Plan(calls, all_same(inputs, rows_from(start, stop, 2), bitwise=contract.row_invariant))
+    relations = all_same(case, inputs, select, bitwise=contract.row_invariant)
+    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
 
 
 def _grouped(case: Case, contract: Contract) -> bool:
@@ -169,11 +254,25 @@ def _grouped(case: Case, contract: Contract) -> bool:
 
 
 def _grouped_heads(case: Case, inputs: Inputs, contract: Contract) -> Plan:
-    _, k, v = inputs.tensors.values()
+    """The gradients of a shared head are the sums of those of its copies."""
     group = case["H"] // case["G"]
-    repeated = changed(inputs, k=k.repeat_interleave(group, 1), v=v.repeat_interleave(group, 1))
-    calls = (as_it_is(case, inputs), attention_call(case, "each key head repeated for its queries", repeated))
-    return Plan(calls, all_same(inputs))
+    copies = {name: inputs.tensors[name].repeat_interleave(group, 1) for name in "kv"}
+    calls = (
+        as_it_is(case, inputs),
+        attention_call(case, "each key head repeated for its queries", changed(inputs, **copies)),
+    )
+    others = {name: select for name, select in every_gradient(inputs).items() if name not in ("k", "v")}
+    relations = [*all_same(case, inputs), *same_gradients(inputs, others)]
+    if inputs.cotangents:
+        for name in ("dk", "dv"):
+            parts = [Term(1, name, 1.0, _each(group, start, 1)) for start in range(group)]
+            relations.append(Balance((*parts, Term(0, name, -1.0))))
+    return Plan(calls, tuple(relations))
+
+
+def _each(step: int, start: int, axis: int) -> Select:
+    """Select every ``step``-th entry of an axis, from ``start``."""
+    return lambda x: x.movedim(axis, 0)[start::step].movedim(0, axis)
 
 
 def _causal_fits(case: Case, contract: Contract) -> bool:
@@ -181,7 +280,10 @@ def _causal_fits(case: Case, contract: Contract) -> bool:
 
 
 def _causal_future(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
-    """Rows before row r, and keys that none of them sees; the other rows and these keys get other values."""
+    """Rows before row r, and keys that none of them sees; the other rows and these keys get other values.
+
+    The other way round, these keys' gradients do not depend on the rows before r.
+    """
     r = choice(case, "causal-future", 1, case["M"])
     given = inputs.options
     masks: dict[str, Any] = {name: given.get(name) for name in ("causal", "window", "cu_seqlens")}
@@ -189,20 +291,36 @@ def _causal_future(case: Case, inputs: Inputs, contract: Contract) -> Plan | Non
     hidden = ~seen[:r].any(0)
     if bool(hidden.all()):
         return None
-    q, k, v = inputs.tensors.values()
-    later = torch.arange(case["M"]) >= r
+    q, k, v = (inputs.tensors[name] for name in "qkv")
+    later = (torch.arange(case["M"]) >= r)[:, None]
     moved = changed(
         inputs,
-        q=torch.where(later[:, None], -q, q),
+        q=torch.where(later, -q, q),
         k=torch.where(hidden[:, None], -k, k),
         v=torch.where(hidden[:, None], far_values(v), v),
     )
-    calls = (
-        as_it_is(case, inputs),
-        attention_call(case, f"other values where rows before {r} do not see", moved, familiar=False),
-    )
+    words = f"other values where rows before {r} do not see"
+    calls = [as_it_is(case, inputs), attention_call(case, words, moved, familiar=False)]
     before = rows_from(0, r, 2)
-    return Plan(calls, all_same(inputs, before, before, bitwise=contract.causality == "exact"))
+    relations = [
+        *all_same(case, inputs, before, before, bitwise=contract.causality == "exact"),
+        *same_gradients(inputs, {"q": (before, before)}),
+    ]
+    if inputs.cotangents and bool(hidden.any()):
+        after = torch.arange(case["M"]) >= r
+        other = changed(
+            inputs,
+            q=torch.where(later, q, -q),
+            cotangents=cotangents_by(
+                inputs, lambda x: torch.where(after.reshape(-1, *[1] * (x.dim() - 3)), x, -x)
+            ),
+        )
+        calls.append(
+            attention_call(case, f"other queries and cotangents before row {r}", other, familiar=False)
+        )
+        selects: dict[str, Selects] = dict.fromkeys("kv", (lambda x: x[:, :, hidden],) * 2)
+        relations += same_gradients(inputs, selects, call=2)
+    return Plan(tuple(calls), tuple(relations))
 
 
 ISOLATION: Mapping[str, Recipe] = {
@@ -214,4 +332,4 @@ ISOLATION: Mapping[str, Recipe] = {
     "causal-future": Recipe(_causal_fits, _causal_future),
     "length-padding": Recipe(_length_padding_fits, _length_padding),
 }
-"""By name of the invariant, how it is tried on softmax attention."""
+"""By name of the invariant, how it is tried on attention."""

@@ -1,4 +1,7 @@
-"""Symmetries of softmax attention (theory.md EXA-4, EXA-5), and what a call must leave as it is."""
+"""Symmetries of attention (theory.md EXA-4, EXA-5), and what a call must leave as it is.
+
+Most hold for every family whose scores do not know their place; which, the package's table says.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,34 @@ from attnproof.properties.invariants.base import (
     Plan,
     Recipe,
     Relation,
+    Select,
     Term,
     anything,
     generator,
     grid_step,
     other_view,
     relaid,
+    rows_from,
     same,
 )
 from attnproof.properties.invariants.calls import (
+    Selects,
     affordable,
     all_same,
     as_it_is,
     attention_call,
     changed,
     choice,
+    cotangents_by,
+    differentiated,
+    every_gradient,
     outputs_of,
     pieces,
     positional,
     positions_as_bias,
     positions_may_go,
+    same_gradients,
+    takes_masks,
 )
 
 __all__ = ["SYMMETRIES"]
@@ -57,7 +68,7 @@ def _order(length: int, parts: list[tuple[int, int]], case: Case, name: str) -> 
 
 
 def _permutation_fits(case: Case, contract: Contract) -> bool:
-    return "bias" in contract.options or not positional(case)
+    return not case.option("alibi_slopes") and (takes_masks(contract) or not positional(case))
 
 
 def _key_permutation_fits(case: Case, contract: Contract) -> bool:
@@ -68,11 +79,20 @@ def _key_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     free = positions_as_bias(case, inputs, contract) if positional(case) else inputs
     order = _order(case["N"], pieces(free), case, "key-permutation")
     bias = free.options.get("bias")
-    if bias is not None and bias.shape[3] > 1:
-        bias = bias[..., order]
-    _, k, v = free.tensors.values()
-    moved = changed(free, k=k[:, :, order], v=v[:, :, order], bias=bias)
-    return Plan((as_it_is(case, inputs), attention_call(case, "its keys permuted", moved)), all_same(inputs))
+    by_key: Selects = (lambda x: x[:, :, order], None)
+    selects = {**every_gradient(inputs), "k": by_key, "v": by_key}
+    if isinstance(bias, torch.Tensor):
+        # A mask written into the bias may have given it axes that the case's own has not.
+        own = inputs.options.get("bias")
+        if own is None or own.shape != bias.shape:
+            selects.pop("bias", None)
+        elif bias.shape[3] > 1:
+            selects["bias"] = (lambda x: x[..., order], None)
+        bias = bias[..., order] if bias.shape[3] > 1 else bias
+    k, v = (free.tensors[name][:, :, order] for name in "kv")
+    variant = attention_call(case, "its keys permuted", changed(free, k=k, v=v, bias=bias))
+    relations = (*all_same(case, inputs), *same_gradients(inputs, selects))
+    return Plan((as_it_is(case, inputs), variant), relations)
 
 
 def _query_permutation_fits(case: Case, contract: Contract) -> bool:
@@ -83,21 +103,37 @@ def _query_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     free = positions_as_bias(case, inputs, contract) if positional(case) else inputs
     packed = pieces(free) if "cu_seqlens" in free.options else [(0, case["M"])]
     order = _order(case["M"], packed, case, "query-permutation")
+    select: Select = lambda x: x[:, :, order]  # noqa: E731
     bias = free.options.get("bias")
-    if bias is not None and bias.shape[2] > 1:
-        bias = bias[:, :, order]
-    moved = changed(free, q=free.tensors["q"][:, :, order], bias=bias)
+    selects = {**every_gradient(inputs), "q": (select, None)}
+    if isinstance(bias, torch.Tensor):
+        own = inputs.options.get("bias")
+        if own is None or own.shape != bias.shape:
+            selects.pop("bias", None)
+        elif bias.shape[2] > 1:
+            selects["bias"] = (select, None)
+        bias = select(bias) if bias.shape[2] > 1 else bias
+    moved = changed(free, q=select(free.tensors["q"]), bias=bias, cotangents=cotangents_by(free, select))
     variant = attention_call(case, "its queries permuted", moved)
-    return Plan((as_it_is(case, inputs), variant), all_same(inputs, lambda y: y[:, :, order]))
+    relations = (*all_same(case, inputs, select), *same_gradients(inputs, selects))
+    return Plan((as_it_is(case, inputs), variant), relations)
 
 
 def _score_shift_fits(case: Case, contract: Contract) -> bool:
+    if case.family == "batch_normalised":
+        return "beta" in contract.options
     by_key = not case.option("softcap")
-    return not case.option("sinks") and (by_key or "bias" in contract.options)
+    return not case.option("sinks") and (by_key or takes_masks(contract))
 
 
 def _score_shift(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
-    by_bias = "bias" in contract.options and bool(case.option("softcap") or case.seed % 2)
+    """Rows of dS sum to 0: gradients do not see the shift, unless the log-sum-exp is differentiated."""
+    if "lse" in inputs.cotangents:
+        inputs = changed(inputs, cotangents={"o": inputs.cotangents["o"]})
+    if case.family == "batch_normalised":
+        # Only queries that are not centred leave a shift of the keys constant over a row.
+        inputs = changed(inputs, beta=torch.zeros(case["H"], dtype=case.torch_dtype))
+    by_bias = takes_masks(contract) and bool(case.option("softcap") or case.seed % 2)
     shifted = (_shift_by_bias if by_bias else _shift_by_keys)(case, inputs)
     if shifted is None:
         return None
@@ -107,9 +143,11 @@ def _score_shift(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
         attention_call(case, "a constant added to the scores of each row of it", moved, familiar=False),
     )
     relations: list[Relation] = [same("o")]
-    if "lse" in outputs_of(inputs):
+    if "lse" in outputs_of(case, inputs):
         relations.append(same("lse", constant=constant, radius=radius))
-    return Plan(calls, tuple(relations))
+    # The gradient by beta sees the keys themselves.
+    selects = {name: both for name, both in every_gradient(inputs).items() if name != "beta"}
+    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
 
 
 Shifted = tuple[Inputs, Inputs, torch.Tensor, torch.Tensor | float]
@@ -137,7 +175,7 @@ def _shift_by_bias(case: Case, inputs: Inputs) -> Shifted | None:
 
 def _shift_by_keys(case: Case, inputs: Inputs) -> Shifted | None:
     """Inputs with k on a grid, and with μ added to every key: scores of row i move by scale · q_i·μ."""
-    q, k, _ = inputs.tensors.values()
+    q, k = inputs.tensors["q"], inputs.tensors["k"]
     step = grid_step(k)
     if step is None:
         return None
@@ -168,9 +206,10 @@ def _split_merge(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
     cut = _cut(case, contract)
     if cut is None:
         return None
+    inputs = changed(inputs, cotangents=None)
     free = positions_as_bias(case, inputs, contract)
     bias = free.options.get("bias")
-    _, k, v = free.tensors.values()
+    k, v = free.tensors["k"], free.tensors["v"]
     calls = [attention_call(case, "the case with its log-sum-exp", changed(inputs, return_lse=True))]
     for words, keys in ((f"its first {cut} keys", slice(cut)), ("its other keys", slice(cut, None))):
         cut_bias = bias[..., keys] if bias is not None and bias.shape[3] > 1 else bias
@@ -186,47 +225,73 @@ def _duplication_fits(case: Case, contract: Contract) -> bool:
 
 
 def _key_duplication(case: Case, inputs: Inputs, contract: Contract) -> Plan:
+    """The gradients of both copies of a key add up to that of the key."""
     free = positions_as_bias(case, inputs, contract)
     bias = free.options.get("bias")
     if bias is not None and bias.shape[3] > 1:
         bias = torch.cat([bias, bias], 3)
-    _, k, v = free.tensors.values()
-    twice = changed(free, k=torch.cat([k, k], 2), v=torch.cat([v, v], 2), bias=bias)
+    k, v = (torch.cat([free.tensors[name]] * 2, 2) for name in "kv")
+    twice = changed(free, k=k, v=v, bias=bias)
     calls = (as_it_is(case, inputs), attention_call(case, "each key and value twice", twice, familiar=False))
-    relations = [same("o")]
-    if "lse" in outputs_of(inputs):
+    relations: list[Relation] = [same("o")]
+    if "lse" in outputs_of(case, inputs):
         relations.append(same("lse", constant=LOG_2[0], radius=LOG_2[1]))
+    relations += same_gradients(inputs, {"q": (None, None), "beta": (None, None), "lam": (None, None)})
+    n = case["N"]
+    if inputs.cotangents:
+        for name in ("dk", "dv"):
+            halves = [Term(1, name, 1.0, rows_from(start, start + n, 2)) for start in (0, n)]
+            relations.append(Balance((*halves, Term(0, name, -1.0))))
     return Plan(calls, tuple(relations))
 
 
 def _value_linearity(case: Case, inputs: Inputs, contract: Contract) -> Plan:
+    """All gradients but dv are linear in v as well, if one part only has the log-sum-exp's cotangent."""
     v = inputs.tensors["v"]
+    rest = {name: torch.zeros_like(x) if name == "lse" else x for name, x in inputs.cotangents.items()}
+    positive = changed(inputs, v=v.clamp(min=0))
+    negative = changed(inputs, v=(-v).clamp(min=0), cotangents=rest)
     calls = (
         as_it_is(case, inputs),
-        attention_call(case, "the positive part of v", changed(inputs, v=v.clamp(min=0)), familiar=False),
-        attention_call(case, "the negative part of v", changed(inputs, v=(-v).clamp(min=0)), familiar=False),
+        attention_call(case, "the positive part of v", positive, familiar=False),
+        attention_call(case, "the negative part of v", negative, familiar=False),
     )
-    parts = (Term(0, "o"), Term(1, "o", -1.0), Term(2, "o"))
-    weights = [same("lse", call=call) for call in (1, 2)] if "lse" in outputs_of(inputs) else []
-    return Plan(calls, (Balance(parts), *weights))
+    linear = ["o"]
+    relations: list[Relation] = []
+    if "lse" in outputs_of(case, inputs):
+        relations += [same("lse", call=call) for call in (1, 2)]
+    if inputs.cotangents:
+        linear += [f"d{name}" for name in differentiated(inputs) if name != "v"]
+        relations += [same("dv", call=call) for call in (1, 2)]
+    relations += [Balance((Term(0, name), Term(1, name, -1.0), Term(2, name))) for name in linear]
+    return Plan(calls, tuple(relations))
 
 
 def _convex_hull(case: Case, inputs: Inputs, contract: Contract) -> Plan:
-    problem = SOFTMAX.problem(
-        *inputs.tensors.values(), **inputs.options, causal_alignment=contract.causal_alignment
-    )
-    values = problem.values().double()
-    lower, upper = (torch.empty(problem.shape("o"), dtype=torch.float64) for _ in range(2))
+    values, seen = _values_seen(case, inputs, contract)
+    shape = (*inputs.tensors["q"].shape[:3], values.shape[3])
+    lower, upper = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
     rows = max(1, _CHUNK // max(1, values.shape[2] * values.shape[3]))
     for b, h in torch.cartesian_prod(torch.arange(case["B"]), torch.arange(case["H"])).tolist():
         for start in range(0, case["M"], rows):
-            unseen = ~problem.seen[b, h, start : start + rows, :, None]
+            unseen = ~seen[b, h, start : start + rows, :, None]
             lower[b, h, start : start + rows] = values[b, h].masked_fill(unseen, torch.inf).amin(1)
             upper[b, h, start : start + rows] = values[b, h].masked_fill(unseen, -torch.inf).amax(1)
-    if problem.sinks is not None:
+    if case.option("sinks"):
         # A sink is one more key, of value 0.
         lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
     return Plan((as_it_is(case, inputs),), (Bounds(0, "o", lower, upper),))
+
+
+def _values_seen(case: Case, inputs: Inputs, contract: Contract) -> tuple[torch.Tensor, torch.Tensor]:
+    """v for each query head, finite, float64, and bool (B, H, M, N) of what each query sees."""
+    if case.family == "softmax":
+        problem = SOFTMAX.problem(
+            *inputs.tensors.values(), **inputs.options, causal_alignment=contract.causal_alignment
+        )
+        return problem.values().double(), problem.seen
+    v = inputs.tensors["v"].repeat_interleave(case["H"] // case["G"], 1).double().nan_to_num(0.0, 0.0, 0.0)
+    return v, torch.ones(case["B"], case["H"], case["M"], case["N"], dtype=torch.bool)
 
 
 def _without_sinks(case: Case, contract: Contract) -> bool:
@@ -234,9 +299,18 @@ def _without_sinks(case: Case, contract: Contract) -> bool:
 
 
 def _ones(case: Case, inputs: Inputs, contract: Contract) -> Plan:
+    """Constant values: the output does not depend on scores, so that their gradients are 0."""
     v = torch.ones_like(inputs.tensors["v"])
-    call = attention_call(case, "every value 1", changed(inputs, v=v), familiar=False)
-    return Plan((call,), (Balance((Term(0, "o"),), constant=1.0),))
+    inputs = changed(inputs, v=v)
+    if "lse" in inputs.cotangents:
+        inputs = changed(inputs, cotangents={"o": inputs.cotangents["o"]})
+    call = attention_call(case, "every value 1", inputs, familiar=False)
+    total: torch.Tensor | float = 1.0
+    if case.family == "differential":
+        total = (1.0 - inputs.tensors["lam"].double()).reshape(1, -1, 1, 1)
+    zeros = [f"d{name}" for name in differentiated(inputs) if name not in ("v", "lam")]
+    relations = [Balance((Term(0, name),)) for name in (zeros if inputs.cotangents else ())]
+    return Plan((call,), (Balance((Term(0, "o"),), constant=total), *relations))
 
 
 def _deterministic(case: Case, contract: Contract) -> bool:
@@ -244,18 +318,27 @@ def _deterministic(case: Case, contract: Contract) -> bool:
 
 
 def _determinism(case: Case, inputs: Inputs, contract: Contract) -> Plan:
-    opposite = changed(inputs, v=-inputs.tensors["v"])
+    """v of the opposite sign negates every gradient but dv, where that by the log-sum-exp turns as well."""
+    turned = {name: -x if name == "lse" else x for name, x in inputs.cotangents.items()}
+    opposite = changed(inputs, v=-inputs.tensors["v"], cotangents=turned)
     calls = (
         replace(as_it_is(case, inputs), repeat=True),
         attention_call(case, "v of the opposite sign", opposite),
         Call("the case once more, after a call with other values", case, inputs),
     )
-    negated = Balance((Term(1, "o"), Term(0, "o", 1.0)))
-    return Plan(calls, (*all_same(inputs, call=2, bitwise=True), negated))
+    negated = ["o"]
+    if inputs.cotangents:
+        negated += [f"d{name}" for name in differentiated(inputs) if name != "v"]
+    relations = (
+        *all_same(case, inputs, call=2, bitwise=True),
+        *same_gradients(inputs, every_gradient(inputs), call=2, bitwise=True),
+        *(Balance((Term(1, name), Term(0, name, 1.0))) for name in negated),
+    )
+    return Plan(calls, relations)
 
 
 def _inputs_unmodified(case: Case, inputs: Inputs, contract: Contract) -> Plan:
-    """q, k and v in one piece of memory with NaN between them, as slices of one projection have it."""
+    """The tensors in one piece of memory with NaN between them, as slices of one projection have it."""
     gap = 16
     sizes = [tensor.numel() for tensor in inputs.tensors.values()]
     starts = [gap]
@@ -271,15 +354,21 @@ def _inputs_unmodified(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         else value
         for name, value in inputs.options.items()
     }
+    cotangents = {name: relaid(x, "sliced", f"d{name}") for name, x in inputs.cotangents.items()}
     # Under a view other than "contiguous" tensors are handed over as they are, whatever the layout.
-    shared = Call("q, k and v in one storage", replace(case, view="sliced"), Inputs(tensors, options))
-    return Plan((as_it_is(case, inputs), shared), all_same(inputs))
+    made = Inputs(tensors, options, cotangents)
+    *first, last = tensors
+    words = f"{', '.join(first)} and {last} in one storage"
+    shared = Call(words, replace(case, view="sliced"), made)
+    relations = (*all_same(case, inputs), *same_gradients(inputs, every_gradient(inputs)))
+    return Plan((as_it_is(case, inputs), shared), relations)
 
 
 def _strides(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     view = other_view(case, inputs, contract)
     variant = attention_call(case, f"its values laid out {view}", inputs, view=view)
-    return Plan((as_it_is(case, inputs), variant), all_same(inputs))
+    relations = (*all_same(case, inputs), *same_gradients(inputs, every_gradient(inputs)))
+    return Plan((as_it_is(case, inputs), variant), relations)
 
 
 SYMMETRIES: Mapping[str, Recipe] = {
@@ -295,4 +384,4 @@ SYMMETRIES: Mapping[str, Recipe] = {
     "inputs-unmodified": Recipe(anything, _inputs_unmodified),
     "strides": Recipe(anything, _strides),
 }
-"""By name of the invariant, how it is tried on softmax attention."""
+"""By name of the invariant, how it is tried on attention."""
