@@ -319,7 +319,25 @@ def _backward(
     if not pairs:
         return (None,) * len(sources)
     tracked, weights = zip(*pairs, strict=True)
-    return torch.autograd.grad(tracked, sources, weights, allow_unused=True)
+    loss = _Loss.apply(weights, *tracked)  # type: ignore[no-untyped-call]
+    return torch.autograd.grad(loss, sources, allow_unused=True)
+
+
+class _Loss(torch.autograd.Function):
+    """Σ outputs · cotangents, of which only the gradient is wanted: the cotangents as they lie in memory.
+
+    Given to ``torch.autograd.grad`` directly they would be checked by symbolic shapes, and the first call of
+    a process would import sympy for two seconds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: tuple[torch.Tensor, ...], *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.weights = weights
+        return torch.zeros((), device=outputs[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, *ctx.weights)
 
 
 def _describe(value: Any, tensors: list[torch.Tensor], limit: int, depth: int = 0) -> Node:
