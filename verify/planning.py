@@ -14,7 +14,15 @@ from attnproof.interface import make_subject
 from attnproof.invariance import places
 from attnproof.outcomes import CallRequest, Raised, Returned
 from attnproof.properties.case import Case
-from attnproof.properties.claims import worked_example
+from attnproof.properties.claims import (
+    batch_normalised,
+    easy,
+    scaled_head,
+    sigmoid,
+    sigmoid_rows,
+    sigmoid_tanh,
+    worked_example,
+)
 from attnproof.properties.contract import ContractError
 from attnproof.properties.families import FAMILIES, family_of
 from attnproof.properties.regimes import plan
@@ -36,6 +44,7 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
 }
 _STORED = ("calibration", "detection")
+_CLAIMS = (worked_example, sigmoid, sigmoid_rows, sigmoid_tanh, batch_normalised, scaled_head, easy)
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 # Cases at which each invariant is put to a kernel.
@@ -158,9 +167,16 @@ def default_plan(
 
 
 def findings() -> list[Finding]:
-    """Claims checked in every run (the first source article's worked example), and those of stored runs."""
+    """Claims checked in every run (the worked example, those on score families), and those of stored runs."""
+    from attnproof.emulator.ops_foreign import ptx_function
+
+    name = "tanh.approx.f32"
+    checked = [claim for module in _CLAIMS for claim in module.findings()]
+    tanh = ptx_function(name)
+    assert tanh is not None
+    checked.append(sigmoid_tanh.tanh_form(tanh=tanh, name=f"the emulator's {name}"))
     told = []
-    for claim in worked_example.findings():
+    for claim in checked:
         fields = asdict(claim)
         table = fields.pop("table")
         told.append(Finding(**fields, series=(Series(claim.name, "table", table, "row", "column"),)))

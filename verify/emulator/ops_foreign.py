@@ -180,7 +180,7 @@ def _hardware_tanh(x: Tensor) -> Tensor:
     return torch.ldexp(torch.round(mantissa * 2.0**11) * 2.0**-11, exponent).to(x.dtype)
 
 
-def _ptx_function(instruction: str) -> Callable[..., Tensor] | None:
+def ptx_function(instruction: str) -> Callable[..., Tensor] | None:
     """The function of an opcode such as `ex2.approx.ftz.f32`; None where it is not element by element."""
     name, *modifiers = instruction.split(".")
     if name == "cvt" and modifiers and modifiers[0] in _ROUND:
@@ -212,7 +212,7 @@ def _inline_asm(op: Op, low: Lowering) -> Run:
             continue
         opcode, _, rest = statement.partition(" ")
         names = [name.strip() for name in rest.split(",")]
-        f = _ptx_function(opcode)
+        f = ptx_function(opcode)
         supported = supported and f is not None and len(names) >= 2
         if f is None or not supported:
             break
