@@ -1,4 +1,4 @@
-"""Sessions: verify (the main job), tests, lint, typecheck, gpu, benchmarks, calibrate, gradients, dq, mutants."""
+"""Sessions: verify (the main job), tests, lint, typecheck, gpu, and those that measure: see README.md."""
 
 from __future__ import annotations
 
@@ -92,6 +92,13 @@ def calibrate(session: nox.Session) -> None:
     """Judge correct kernels over thousands of cases and fit the thresholds of the probable budget."""
     install(session, "activations")
     session.run("python", "-m", "attnproof.calibration", *session.posargs)
+
+
+@nox.session
+def gradients(session: nox.Session) -> None:
+    """Count false alarms on gradients: 10,000 cases of every family on torch autograd."""
+    install(session, "activations")
+    session.run("python", "-m", "attnproof.gradient_alarms", *session.posargs, env=SINGLE_THREADED)
 
 
 @nox.session

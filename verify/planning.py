@@ -43,8 +43,8 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     "softmax_rows": 80,
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
 }
-_STORED = ("calibration", "detection")
-_CLAIMS = (worked_example, sigmoid, sigmoid_rows, sigmoid_tanh, batch_normalised, scaled_head, easy)
+_STORED = ("calibration", "gradient_alarms", "detection")
+_CLAIMS = (worked_example, sigmoid, sigmoid_rows, batch_normalised, scaled_head, easy)
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 # Cases at which each invariant is put to a kernel.
