@@ -56,6 +56,16 @@ def test_a_rejection_is_a_kill_only_for_a_fitting_reason_by_a_judge_who_accepts_
     assert not killed(mutant("x"), said("x", OURS, False), [])
 
 
+def test_judges_are_compared_on_the_kernels_that_all_of_them_judged() -> None:
+    # The peers have no tests of gradients: of y and of m:other only ours says something.
+    mutants = [mutant("x"), mutant("y")]
+    both = [said(name, judge, name == "x") for name in ("m:right", "x") for judge in (OURS, "peer")]
+    judges = finding(mutants, [*both, said("m:other", OURS, False), said("y", OURS, True)]).series[0].columns
+    assert judges["judge"] == [OURS, "peer"]
+    assert judges["of"] == [1, 1]
+    assert judges["correct kernels"] == [1, 1]
+
+
 def test_the_finding_is_refuted_by_a_mutant_that_lives_and_by_a_peer_that_is_ahead() -> None:
     mutants = [mutant("x"), mutant("y")]
     base = [said("m:right", OURS, False), said("m:right", "peer", False)]

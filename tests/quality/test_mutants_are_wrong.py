@@ -86,6 +86,8 @@ def test_gradients_of_a_copy_in_which_nothing_changed_are_not_proved_wrong(accur
     assert not proof.wrong
     assert {"o", "dq", "dk", "dv"} == set(proof.errors)
     assert 0.0 < proof.factor <= 1.0
+    # Values of order 1 in float16: an exact result that is off by a thousandth would be seen.
+    assert all(base.rms < 2.0**-12 for _, base in proof.errors.values())
 
 
 def test_a_right_backward_pass_of_other_tiles_is_not_proved_wrong() -> None:
@@ -127,13 +129,18 @@ def test_there_are_enough_mutants_of_every_mechanism() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "least"), [("softmax", 22), ("easy", 10), ("scaled_head", 10), ("differential", 10)]
+    ("family", "least"),
+    [
+        ("softmax", 22),
+        ("sigmoid", 20),
+        *((family, 10) for family in ("relu", "batch_normalised", "scaled_head", "differential", "easy")),
+    ],
 )
 def test_there_are_enough_mutants_of_every_family(family: str, least: int) -> None:
     mutants = [mutant for mutant in TRITON if mutant.family == family]
     backward = [mutant for mutant in mutants if mutant.backward]
     assert len(backward if family == "softmax" else mutants) >= least
-    assert {"gradient", "accuracy"} <= {mutant.mechanism for mutant in backward}
+    assert "gradient" in {mutant.mechanism for mutant in backward}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=lambda m: m.name)

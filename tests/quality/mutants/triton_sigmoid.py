@@ -24,6 +24,8 @@ _T = "b_t = tl.exp2(-tl.abs(b_x))\n"
 _WEIGHT = f"    {_T}    return tl.where(b_x < 0, b_t, 1.0) / (1.0 + b_t)"
 _SLOPE = "return tl.where(b_x < 0, b_t, 1.0) / b_r, b_t / (b_r * b_r)"
 _SCORES = 'WEIGHT(tl.dot(b_q, b_k, input_precision="ieee") * score_scale + score_offset)'
+_QUERIES_S = 'tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * score_scale'
+_KEYS_S = 'tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * score_scale'
 _QUERIES_DS = "b_ds = WEIGHT_AND_SLOPE(b_s)[1] * b_dp"
 _KEYS_DS = 'b_ds = b_slope * tl.dot(b_v, tl.trans(b_do), input_precision="ieee")'
 _KEYS_CAUSAL = "m_s = m_s & (o_n[:, None] <= i_m + o_m[None, :] + right)"
@@ -132,12 +134,7 @@ MUTANTS = (
     ),
     _formula(
         name="triton_sigmoid_bias_in_bfloat16",
-        edits=(
-            (
-                "return -math.log(max(keys, 1))",
-                "return float(torch.tensor(-math.log(max(keys, 1)), dtype=torch.bfloat16))",
-            ),
-        ),
+        edits=((_LOG, f"float(torch.tensor({_LOG}, dtype=torch.bfloat16))"),),
         story="The default bias is rounded to bfloat16.",
         trigger="sigmoid:float32:normal:B1,H1,G1,M16,N33,D64,E64:-:contiguous:6",
     ),
@@ -196,12 +193,7 @@ MUTANTS = (
     ),
     _formula(
         name="triton_sigmoid_by_tanh",
-        edits=(
-            (
-                _WEIGHT,
-                _TANH,
-            ),
-        ),
+        edits=((_WEIGHT, _TANH),),
         bug="SIG-11",
         story="σ is 0.5 (1 + tanh), which for small σ is a difference of nearly equal numbers.",
         trigger="sigmoid:float32:normal:B1,H1,G1,M4,N2053,D16,E16:-:contiguous:13",
@@ -216,12 +208,7 @@ MUTANTS = (
     ),
     _formula(
         name="triton_sigmoid_argument_clamped",
-        edits=(
-            (
-                f"    {_T}    return",
-                _CLAMPED,
-            ),
-        ),
+        edits=((f"    {_T}    return", _CLAMPED),),
         story="Scores are held to ±20 bits before σ.",
         trigger="sigmoid:float32:exp-underflow:B1,H1,G1,M16,N33,D64,E64:-:contiguous:15",
         shows=(*NUMERIC, "nonfinite"),
@@ -237,10 +224,7 @@ MUTANTS = (
     _masked(
         name="triton_sigmoid_keys_beyond_the_end",
         edits=(
-            (
-                _VALUES,
-                _LAST_VALUE,
-            ),
+            (_VALUES, _LAST_VALUE),
             (_SELECT, f"                m_s = m_s | (i_n + o_n[None, :] >= N)\n{_SELECT}"),
         ),
         bug="B16",
@@ -256,12 +240,7 @@ MUTANTS = (
     ),
     _masked(
         name="triton_sigmoid_causal_strict",
-        edits=(
-            (
-                _SELECT,
-                _STRICT,
-            ),
-        ),
+        edits=((_SELECT, _STRICT),),
         story="Under a causal mask no row sees its own key.",
         trigger="sigmoid:float16:normal:B1,H1,G1,M33,N33,D64,E64:causal:contiguous:19",
     ),
@@ -295,12 +274,7 @@ MUTANTS = (
     ),
     _slope(
         name="triton_sigmoid_slope_from_the_weight",
-        edits=(
-            (
-                _SLOPE,
-                "b_p = tl.where(b_x < 0, b_t, 1.0) / b_r\n    return b_p, b_p * (1.0 - b_p)",
-            ),
-        ),
+        edits=((_SLOPE, "b_p = tl.where(b_x < 0, b_t, 1.0) / b_r\n    return b_p, b_p * (1.0 - b_p)"),),
         bug="B63",
         story="σ' is P (1 − P), which is 0 where P rounds to 1.",
         trigger="sigmoid:float32:saturated:B1,H1,G1,M17,N33,D16,E16:bias=0.0,cotangents=normal:contiguous:24",
@@ -308,12 +282,7 @@ MUTANTS = (
     ),
     _slope(
         name="triton_sigmoid_slope_overflows",
-        edits=(
-            (
-                _SLOPE,
-                _OVERFLOWING_SLOPE,
-            ),
-        ),
+        edits=((_SLOPE, _OVERFLOWING_SLOPE),),
         bug="B63",
         story="σ' is e⁻ˣ / (1 + e⁻ˣ)², NaN for x ≪ 0.",
         trigger="sigmoid:float32:exp-underflow:B1,H1,G1,M17,N33,D16,E16:cotangents=normal:contiguous:25",
@@ -321,24 +290,14 @@ MUTANTS = (
     ),
     _gradient(
         name="triton_sigmoid_slope_from_the_rounded_weight",
-        edits=(
-            (
-                _QUERIES_DS,
-                _ROUNDED_SLOPE,
-            ),
-        ),
+        edits=((_QUERIES_DS, _ROUNDED_SLOPE),),
         bug="B63",
         story="dQ takes σ' as P (1 − P) of a P that was rounded to bfloat16, in every dtype.",
         trigger="sigmoid:float16:saturated:B1,H1,G1,M17,N33,D16,E16:bias=0.0,cotangents=normal:contiguous:26",
     ),
     _gradient(
         name="triton_sigmoid_keys_slope_from_the_stored_weight",
-        edits=(
-            (
-                _KEYS_DS,
-                _STORED_SLOPE,
-            ),
-        ),
+        edits=((_KEYS_DS, _STORED_SLOPE),),
         bug="B63",
         story="dK takes σ' as P (1 − P) of the P that is stored in the inputs' dtype.",
         trigger="sigmoid:bfloat16:saturated:B1,H1,G1,M17,N33,D16,E16:bias=0.0,cotangents=normal:contiguous:27",
@@ -364,28 +323,14 @@ MUTANTS = (
     ),
     _gradient(
         name="triton_sigmoid_less_delta",
-        edits=(
-            (
-                _QUERIES_DS,
-                _LESS_DELTA,
-            ),
-        ),
+        edits=((_QUERIES_DS, _LESS_DELTA),),
         bug="SIG-9",
         story="dQ takes Σ P·dP of the tile off dP, as softmax's backward pass takes off delta.",
         trigger="sigmoid:float16:normal:B1,H1,G1,M17,N33,D16,E16:cotangents=normal:contiguous:31",
     ),
     _gradient(
         name="triton_sigmoid_backward_without_bias",
-        edits=(
-            (
-                'tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * score_scale + score_offset',
-                'tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * score_scale',
-            ),
-            (
-                'tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * score_scale + score_offset',
-                'tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * score_scale',
-            ),
-        ),
+        edits=((f"{_QUERIES_S} + score_offset", _QUERIES_S), (f"{_KEYS_S} + score_offset", _KEYS_S)),
         story="The backward pass recomputes scores without the bias.",
         trigger="sigmoid:float16:normal:B1,H1,G1,M17,N33,D16,E16:cotangents=normal:contiguous:32",
     ),
@@ -398,12 +343,7 @@ MUTANTS = (
     ),
     _gradient(
         name="triton_sigmoid_first_query_tile_rounded_up",
-        edits=(
-            (
-                "t0 = tl.minimum(tl.maximum(i_n - right, 0) // BM, t1)",
-                "t0 = tl.minimum((tl.maximum(i_n - right, 0) + BM - 1) // BM, t1)",
-            ),
-        ),
+        edits=(("tl.maximum(i_n - right, 0) // BM", "(tl.maximum(i_n - right, 0) + BM - 1) // BM"),),
         bug="B01",
         story="The first tile of queries that sees a tile of keys is rounded up: part of a tile is lost.",
         trigger="sigmoid:float16:normal:B1,H1,G1,M65,N72,D16,E16:causal,cotangents=normal:contiguous:34",
