@@ -112,6 +112,11 @@ _STATISTICS = ("row", "output", "bias")
 # variance is that of ten errors: 1.8 in 10⁻⁸ of such cases, 1.5 in 10⁻⁴. The mean is then at most 1.
 _LEAST = {"wide": (2.0, 1.8, 1.0), "narrow": (4.0, 2.0, 1.0), "single": (5.0, 2.0, 1.0)}
 
+# A gradient is a sum of products of three errors' bearers or more; where few keys carry all weight, as in
+# extreme regimes, all its elements share the error of one logit, which may be twice its standard deviation.
+_DERIVED = 2.0
+_FEW_ERRORS = ("extreme", ANY_CLASS)
+
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
     """What the fit needs of a judged case.
@@ -218,7 +223,11 @@ def fit(samples: Iterable[Sample]) -> dict[str, Thresholds]:
 
 
 def _fitted(key: str, columns: Mapping[str, list[float]]) -> Thresholds:
-    limits, intervals = dict(zip(_STATISTICS, _LEAST[key.rpartition("/")[2]], strict=True)), {}
+    _, output, _, regime_class, width = key.split("/")
+    least = _LEAST[width]
+    if output.startswith("d") and regime_class in _FEW_ERRORS:
+        least = tuple(_DERIVED * limit for limit in least)
+    limits, intervals = dict(zip(_STATISTICS, least, strict=True)), {}
     for name, values in columns.items():
         if values:
             found = tail(values)

@@ -16,6 +16,7 @@ from attnproof.properties.contract import DTYPES, Contract, ContractError, contr
 from attnproof.properties.families import family_of
 from attnproof.properties.invariants import check_names
 from attnproof.properties.regimes import plan
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.reports.record import CaseJudged, Counterexample, Failure, KernelJudged, RunFinished
 from attnproof.suite import default_device
 from attnproof.targets import Importable, describe, resolve
@@ -119,7 +120,8 @@ def check(
     case = Case.parse(case) if isinstance(case, str) else case
     if not isinstance(case, Case):
         raise CaseError(f"case is a {type(case).__name__}; expected an attnproof.Case or its text")
-    options = tuple(name for name, _ in case.options if name not in ("causal_alignment", "cotangents"))
+    apart = ("causal_alignment", "cotangents", *SIGNATURES[case.family].required)
+    options = tuple(name for name, _ in case.options if name not in apart)
     subject = make_subject(fn, case.family, (case.dtype,), options, contract, device, declare)
     if isolation not in ("process", "none"):
         raise ContractError(f"isolation={isolation!r}: expected 'process' or 'none'")

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from attnproof.arena import POISON, tensor_over, tensors_of
@@ -320,7 +321,11 @@ def _backward(
         return (None,) * len(sources)
     tracked, weights = zip(*pairs, strict=True)
     loss = _Loss.apply(weights, *tracked)  # type: ignore[no-untyped-call]
-    return torch.autograd.grad(loss, sources, allow_unused=True)
+    # torch.autograd.grad would take the modes that poison fresh memory off the stack while it runs.
+    found: tuple[torch.Tensor | None, ...] = _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, tuple(sources), allow_unreachable=True
+    )
+    return found
 
 
 class _Loss(torch.autograd.Function):

@@ -559,4 +559,11 @@ def _may_overflow(
     if gauge.dim() == 4:
         mass = torch.exp((row.lse - row.largest).clamp(max=700.0))
         rows |= ((gauge * mass) >= r.largest / 2.0).any(-1)
+    computed = problem.computed(r)
+    if computed is not None:
+        q, k, v = (estimate.lost for estimate in computed)
+        rows |= torch.zeros_like(rows) if q is None else q.any(-1)
+        for lost in (k, v):
+            if lost is not None:
+                rows |= lost.flatten(2).any(-1, keepdim=True)
     return rows

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
-from attnproof.properties.budgets.base import dtype_name
+from attnproof.properties.budgets.base import Budget, dtype_name
 from attnproof.properties.budgets.propagation import Estimate, Propagation, ScaledOperands, coincidence
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 from attnproof.properties.budgets.rows import normaliser_shift
@@ -45,10 +45,14 @@ def attention_gradient_estimates(
     do = a.exact(cotangents["o"])
     w = weighing(problem, r)
     keys = problem.seen.shape[-1]
+    budget = problem.budgets(reference, contract)["o"]
     p, common = _weights(w, r)
+    threatened = budget.open.any(-1, keepdim=True)
+    if bool(threatened.any()):
+        p = replace(p, lost=threatened.expand(p.value.shape) if p.lost is None else p.lost | threatened)
     tanh = problem.capped(a, q, k)
     dp = a.store(a.matmul(do, a.transpose(v)), "dscores")
-    delta = _delta(problem, reference, contract, a, p, dp, cotangents)
+    delta = _delta(problem, reference, budget, a, p, dp, cotangents)
     own = p.columns(0, keys)
     whole = a.mul(own, a.sub(dp, delta))
     # Where dP overflows, 0·inf of a key that is not seen makes a NaN as well.
@@ -95,14 +99,13 @@ def _raised(p: Estimate, common: torch.Tensor) -> Estimate:
 def _delta(
     problem: SoftmaxProblem,
     reference: Mapping[str, Enclosure],
-    contract: Contract,
+    budget: Budget,
     a: Propagation,
     p: Estimate,
     dp: Estimate,
     cotangents: Mapping[str, torch.Tensor],
 ) -> Estimate:
     """δ (B, H, M, 1), less dlse; from the stored O, or by Σ p dP if that is worse."""
-    budget = problem.budgets(reference, contract)["o"]
     o = reference["o"].value.nan_to_num(0.0)
     known = budget.certain.isfinite() & ~budget.open
     stored = Estimate(

@@ -18,6 +18,11 @@ _VALUE_OFFSET = 8.0
 _FAR_OFFSET = 256.0
 
 
+def negative_scale(draw: Draw) -> dict[str, Any]:
+    """Normal inputs with the scale −1/√D."""
+    return {**normal(draw), "scale": -draw.scale}
+
+
 def off_centre(draw: Draw) -> dict[str, Any]:
     """k and v are N(0, 1) about a mean of 4 and 8 in every column; queries are half as large."""
     values = normal(draw)
@@ -162,6 +167,12 @@ SCORES = (
         "keys and values about a mean far from 0: errors of delta reach dQ times the mean of K",
         "plain",
         _all(off_centre),
+    ),
+    Regime(
+        "negative-scale",
+        "a scale below 0: a kernel that takes it out of the maximum, or of a relu, has the wrong sign",
+        "plain",
+        _all(negative_scale),
     ),
     Regime(
         "saturated",
