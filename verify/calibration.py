@@ -105,6 +105,8 @@ _FEWEST = 40
 # The signed mean of fewer distinct rows is never judged (``Thresholds.biased``).
 _BIASED_ROWS = 8
 _RECORD = "calibration.jsonl.gz"
+# JSON has no infinity.
+_INFINITE = 1e300
 _STATISTICS = ("row", "output", "bias")
 # Floors of (row, output, bias): a kernel that makes every declared rounding has an output rms of 1 by
 # construction, over 16 elements at most sqrt(chi²/16) = 1.9 in one case of a million, over one element 4.9;
@@ -174,7 +176,7 @@ def sampled(event: CaseJudged) -> Sample:
     outputs = {}
     for name, n in event.outputs.items():
         numbers = (n.row_probable, n.rms_probable, n.bias, n.worst_certain)
-        row, output, bias, certain = (float(f"{number:.4g}") for number in numbers)
+        row, output, bias, certain = (float(f"{min(number, _INFINITE):.4g}") for number in numbers)
         rows = n.judged // max(1, _width(event.case.shape, name, event.case.family))
         outputs[name] = (row, output, bias, certain, rows)
     return Sample(event.kernel, event.case.id, event.verdict, outputs)
