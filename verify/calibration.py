@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import math
 import random
 import sys
@@ -38,6 +39,7 @@ import msgspec
 
 from attnproof.calibration_finding import Placed, calibration_finding
 from attnproof.campaign import Campaign
+from attnproof.gradient_alarms import gradient_cases
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.regimes import REGIMES, plan
@@ -98,6 +100,8 @@ HELD_OUT_SEED = 20261122
 # Cases of the emulator take several times as long as those of torch; it gets this share of the number.
 _EMULATED_SHARE = 0.35
 _LONG_SHARE = 0.05
+# What torch autograd computes is judged by its gradients in most cases, of which many are small.
+_GRADIENT_SHARE, _GRADIENT_WORK = 0.8, 2**18
 _LONG = (1024, 2048, 3000, 4096)
 _LONG_ROWS = 4
 # Fewer cases than this say nothing of a class of its own.
@@ -280,6 +284,9 @@ def plans(targets: Sequence[str], cases: int, seed: int) -> list[tuple[Subject, 
         count = cases if device == "cpu" else math.ceil(cases * _EMULATED_SHARE)
         subject = Subject(_name(target), Importable(target), contract, device)
         chosen = _long_cases(contract, int(count * _LONG_SHARE), seed)
+        if ".healthy_gradients:" in target:
+            stream = gradient_cases(contract, seed, _GRADIENT_WORK)
+            chosen += itertools.islice(stream, int(count * _GRADIENT_SHARE))
         batch = 0
         while len(chosen) < count:
             chosen += plan(

@@ -38,8 +38,8 @@ _MOST_WORK = 2**16
 _RECORD = "gradient_alarms.json"
 
 
-def gradient_cases(contract: Contract, seed: int) -> Iterator[Case]:
-    """Small cases with cotangents for a kernel under ``contract``, without end."""
+def gradient_cases(contract: Contract, seed: int, most_work: int = _MOST_WORK) -> Iterator[Case]:
+    """Cases with cotangents and B·H·M·N·(D + E) ≤ ``most_work`` for a kernel, without end."""
     stream = plan(
         contract.family,
         dtypes=contract.dtypes,
@@ -54,7 +54,7 @@ def gradient_cases(contract: Contract, seed: int) -> Iterator[Case]:
     for case in stream:
         sizes = case.sizes
         rows = sizes.get("M", sizes["N"]) * sizes["N"] * sizes.get("B", 1) * sizes["H"]
-        if rows * (sizes.get("D", 0) + sizes["E"]) <= _MOST_WORK:
+        if rows * (sizes.get("D", 0) + sizes["E"]) <= most_work:
             kind = case.option("cotangents") or next(kinds)
             yield replace(case, options=(*dict(case.options, cotangents=kind).items(),))
 

@@ -104,7 +104,6 @@ def test_unknown_libdevice_function_is_named() -> None:
     ("asm", "f"),
     [
         ("ex2.approx.ftz.f32 $0, $1;", torch.exp2),
-        ("tanh.approx.f32 $0, $1;", torch.tanh),
         ("rcp.approx.ftz.f32 $0, $1;", torch.reciprocal),
         ("lg2.approx.f32 $0, $1;", torch.log2),
         (
@@ -119,6 +118,18 @@ def test_inline_assembly(asm: str, f: Any) -> None:
     with emulate():
         asm_kernel[(1,)](x, out, asm, 32)
     assert torch.allclose(out, f(x), rtol=1e-6)
+
+
+def test_the_hardware_tanh_has_eleven_bits() -> None:
+    x = torch.linspace(-9.0, 9.0, 1024)
+    out = torch.empty_like(x)
+    with emulate():
+        asm_kernel[(1,)](x, out, "tanh.approx.f32 $0, $1;", 1024)
+    exact = torch.tanh(x.double())
+    relative = (out.double() - exact).abs() / exact.abs()
+    assert 2.0**-12 < float(relative.max()) <= 2.0**-11
+    mantissa, _ = torch.frexp(out.double())
+    assert torch.equal(mantissa * 2.0**11, (mantissa * 2.0**11).round())
 
 
 def test_other_assembly_is_refused() -> None:

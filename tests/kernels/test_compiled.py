@@ -7,17 +7,19 @@ on two cores, because every kernel is compiled to its binary by the assemblers i
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 from attnproof.emulator import compile_launches
+from attnproof.kernels import easy, relu, sigmoid
 from attnproof.kernels.examples.logsumexp import unshifted_logsumexp
 from attnproof.kernels.examples.softmax import three_pass_attention, unshifted_attention
 from attnproof.kernels.examples.softmax_rows import division_free_softmax_rows, unshifted_softmax_rows
 from attnproof.kernels.logsumexp import logsumexp
-from attnproof.kernels.softmax import attention, attention_split
+from attnproof.kernels.softmax import attention, attention_atomic, attention_split
 from attnproof.kernels.softmax_rows import softmax_rows
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -103,3 +105,35 @@ def test_example_attention(entry: Any, dtype: torch.dtype, target: str) -> None:
 @pytest.mark.parametrize("entry", [unshifted_logsumexp, unshifted_softmax_rows, division_free_softmax_rows])
 def test_example_rows(entry: Any, target: str) -> None:
     assert_no_spills(entry, (torch.zeros(8, 1000, dtype=torch.float16),), {}, target)
+
+
+def backward(entry: Any, *tensors: torch.Tensor, **options: Any) -> None:
+    """One forward and one backward pass."""
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    output = entry(*leaves, **options)
+    output.backward(torch.zeros_like(output))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["softmax", "softmax atomic", "sigmoid", "relu", "easy"])
+def test_backward(name: str, dtype: torch.dtype, target: str) -> None:
+    entries = {
+        "softmax": attention,
+        "softmax atomic": attention_atomic,
+        "sigmoid": sigmoid.attention,
+        "relu": relu.attention,
+        "easy": easy.attention,
+    }
+    tensors, options = inputs(dtype, 64), {"scale": 1.0}
+    if name == "easy":
+        tensors, options = (torch.zeros(2, 64, 64, dtype=dtype), torch.zeros(1, 2, 64, 64, dtype=dtype)), {}
+    compiled = assert_no_spills(functools.partial(backward, entries[name]), tensors, options, target)
+    assert len({kernel.kernel for kernel in compiled}) >= 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_softmax_backward_with_every_option(target: str) -> None:
+    dtype = torch.bfloat16
+    options = {"scale": 1.0, **every_option(dtype), "alibi_slopes": torch.zeros(2)}
+    assert_no_spills(functools.partial(backward, attention), inputs(dtype, 128), options, target)

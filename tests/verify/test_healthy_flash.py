@@ -42,9 +42,11 @@ def test_it_passes_a_plan_of_every_regime_dtype_option_and_view(seed: int) -> No
 def test_it_promises_more_than_the_defaults() -> None:
     contract = contract_of(tiled_attention)
     assert contract is not None
-    assert contract.options == family_of("softmax").options
+    assert {*contract.options, "alibi_slopes"} == set(family_of("softmax").options)
     assert contract.precision.matmul_input == "ieee"
-    loosest = Contract("softmax", options=contract.options, precision=contract.precision)
+    loosest = Contract(
+        "softmax", options=contract.options, precision=contract.precision, differentiable=False
+    )
     assert contract == loosest, "every other declaration is the contract's strictest"
 
 

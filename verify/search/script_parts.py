@@ -5,7 +5,9 @@ from __future__ import annotations
 __all__ = [
     "ALIASING",
     "CALLING",
+    "CANONICAL",
     "DETERMINISM",
+    "DIFFERENTIATING",
     "ELEMENTS",
     "EMULATED",
     "LAID_OUT",
@@ -114,6 +116,17 @@ def storage_bits(tensor):
 
 CALLING = '''
 def call(kernel, build):
+    """Make one call: the outputs as they came, and the tensors that went in."""
+    arguments, keywords, _ = build()
+    arguments = [moved(value) for value in arguments]
+    keywords = {name: moved(value) for name, value in keywords.items()}
+    tensors = [v for v in (*arguments, *keywords.values()) if isinstance(v, torch.Tensor)]
+    before = [storage_bits(tensor).clone() for tensor in tensors]
+    return kernel(*arguments, **keywords), tensors, before
+'''
+
+DIFFERENTIATING = '''
+def call(kernel, build):
     """Make one call: the outputs as they came, and the tensors that went in.
 
     Gradients of the sum of outputs times cotangents follow the outputs where they are asked for.
@@ -123,16 +136,15 @@ def call(kernel, build):
     keywords = {name: moved(value) for name, value in keywords.items()}
     tensors = [v for v in (*arguments, *keywords.values()) if isinstance(v, torch.Tensor)]
     before = [storage_bits(tensor).clone() for tensor in tensors]
-    if not DIFFERENTIATED:
-        return kernel(*arguments, **keywords), tensors, before
     leaves = [tensors[number].requires_grad_() for number in DIFFERENTIATED]
     returned = kernel(*arguments, **keywords)
     outputs = list(returned) if isinstance(returned, tuple) else [returned]
     pairs = [(o, moved(c)) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
     gradients = torch.autograd.grad([o for o, _ in pairs], leaves, [c for _, c in pairs])
     return (*outputs, *gradients), tensors, before
+'''
 
-
+CANONICAL = '''
 def canonical(returned):
     """The outputs in layout (B, H, M, …) on the CPU, and what is wrong with their form."""
     outputs = list(returned) if isinstance(returned, (tuple, list)) else [returned]

@@ -125,7 +125,8 @@ class _Script:
             parts.MOVED,
             *calls,
             self._expectations(),
-            parts.CALLING,
+            parts.CALLING if self.trial.gradients is None else parts.DIFFERENTIATING,
+            parts.CANONICAL,
             *checks,
             main,
         ]
@@ -206,9 +207,8 @@ class _Script:
         form = "\n".join(
             ["# name, shape in layout (B, H, M, …), dtype; gradients last", "OUTPUTS = [", *rows, "]"]
         )
-        return (
-            f"{form}\nSWAPPED = {swap!r}  # outputs whose axes 1 and 2 come exchanged"
-            f"\nDIFFERENTIATED = {places!r}  # tensors of the call whose gradients follow"
+        return f"{form}\nSWAPPED = {swap!r}  # outputs whose axes 1 and 2 come exchanged" + (
+            f"\nDIFFERENTIATED = {places!r}  # tensors of the call whose gradients follow" if asked else ""
         )
 
     def _request_names(self) -> tuple[str, ...]:

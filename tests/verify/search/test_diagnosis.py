@@ -46,8 +46,8 @@ CAUSES: Mapping[str, tuple[str, str, str, str]] = {
     "base 2": (MASK, f"    s = s * {LOG2}\n{MASK}", "-", "to base 2"),
     "mean of values": ("* scale\n", "* 0\n", "-", "The scores are ignored"),
     "groups": (REPEAT, REPEAT.replace("_interleave(h // g, 1)", "(1, h // g, 1, 1)"), "-", "h mod G"),
-    "output scaled": ("(p @ v)", "(p @ v * 1.005)", "-", "O is 1.005 times the exact result"),
-    "output zero": ("(p @ v)", "(p @ v * 0)", "-", "O is 0 everywhere"),
+    "output scaled": ("(p @ v)", "(p @ v * 1.005)", "-", "o is 1.005 times the exact result"),
+    "output zero": ("(p @ v)", "(p @ v * 0)", "-", "o is 0 everywhere"),
     "lse in bits": (
         "lse.squeeze(-1)",
         f"(lse / {LOG2}).squeeze(-1)",
@@ -115,7 +115,7 @@ def test_a_minimal_call_alone_does_not_decide_between_causes(folder: Path) -> No
     )
     small = shrink(evidence, probe, deadline=time.monotonic() + 30.0, supports=Supports())
     assert small.case["N"] == 1
-    assert said(probe, small)[0] == "O is 0 everywhere."
+    assert said(probe, small)[0] == "o is 0 everywhere."
 
 
 def test_where_it_is_wrong_is_told(folder: Path) -> None:
