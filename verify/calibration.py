@@ -122,6 +122,9 @@ _LEAST = {"wide": (2.0, 1.8, 1.0), "narrow": (4.0, 2.0, 1.0), "single": (5.0, 2.
 # extreme regimes, all its elements share the error of one logit, which may be twice its standard deviation.
 _DERIVED = 2.0
 _FEW_ERRORS = ("extreme", ANY_CLASS)
+# Their tails differ from one implementation to the next more than those of outputs: of 2,700 cases of those
+# that were held out two passed plain fits, by 9 and 21 percent.
+_MARGIN = 1.5
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -237,7 +240,8 @@ def _fitted(key: str, columns: Mapping[str, list[float]]) -> Thresholds:
     for name, values in columns.items():
         if values:
             found = tail(values)
-            limits[name] = float(f"{max(limits[name], found.threshold):.4g}")
+            threshold = found.threshold * (_MARGIN if output.startswith("d") else 1.0)
+            limits[name] = float(f"{max(limits[name], threshold):.4g}")
             low, high, largest = (float(f"{x:.4g}") for x in (found.low, found.high, found.largest))
             intervals[name] = (low, high, largest)
     return Thresholds(**limits, cases=len(columns["row"]), intervals=intervals)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["attention_gradient_estimates"]
 
 _LARGEST_EXPONENT = 700.0
+# Numbers that agree to this are rounded alike in every format.
+_SAME = 2.0**-24
 
 
 def attention_gradient_estimates(
@@ -55,12 +57,20 @@ def attention_gradient_estimates(
     delta = _delta(problem, reference, budget, a, p, dp, cotangents)
     own = p.columns(0, keys)
     whole = a.mul(own, a.sub(dp, delta))
+    # A kernel that divides dP by the normaliser early underflows in every term of a row, and multiplies what
+    # is lost by weights of up to 1.
+    terms = torch.where(dp.size.amax(-1, keepdim=True) > 0, w.row.count + 4.0, 0.0) if keys else w.row.count
+    lost = r.accumulate_tiny * terms
+    whole = replace(whole, certain=whole.bound + lost, variance=whole.spread + lost.square() / 3.0)
     # Where dP overflows, 0·inf of a key that is not seen makes a NaN as well.
     ds = replace(a.masked(whole, problem.seen), lost=whole.lost)
     independent = replace(ds, variance=ds.spread + ds.value.square() * common)
     found = problem.backward(a, (q, k), a.masked(_raised(own, common), problem.seen), independent, do, tanh)
-    shift = delta.spread + _alike(r, own.value, dp.value)
+    shift = delta.spread + alike_in_row(own.value, dp)
     found["dq"] = _with_common_errors(problem, found["dq"], own, shift, common)
+    whole_p = _raised(own, common)
+    for name, more in _alike_in_column(problem, whole_p, dp, dp.value - delta.value, do.value).items():
+        found[name] = replace(found[name], variance=found[name].spread + more)
     if max(r.operand, r.input) > 2.0**-20:
         _add_operand_response(problem, r, w, own.value, dp.value, do.value, found)
     if problem.sinks is not None:
@@ -126,16 +136,44 @@ def _delta(
     return delta
 
 
-def _alike(r: Roundings, p: torch.Tensor, dp: torch.Tensor) -> torch.Tensor:
-    """Variance, (B, H, M, 1), of the rounding of stored dP that is the same for all keys of a row.
+def alike_in_row(p: torch.Tensor, dp: Estimate) -> torch.Tensor:
+    """Variance, (B, H, M, 1), of the rounding of dP that is one for all keys of a row: like an error of δ.
 
-    Of V that hardly differs from key to key, dP is rounded by one amount: like an error of δ.
+    Equal numbers are rounded alike: V that hardly differs from key to key gives such dP.
     """
-    unit = r.storage("dscores")[0]
-    if unit < 2.0**-20 or not dp.shape[-1]:
+    if not dp.value.numel():
         return p.new_zeros((*p.shape[:-1], 1))
-    size = (p * dp.abs()).sum(-1, keepdim=True)
-    return coincidence(dp, unit) * (unit * size).square()
+    total = (p * dp.spread.sqrt()).sum(-1, keepdim=True).square()
+    # The mean square of an error that is uniform is a third of its bound's.
+    return 3.0 * coincidence(p * dp.value, _SAME) * total
+
+
+def _alike_in_column(
+    problem: SoftmaxProblem, p: Estimate, dp: Estimate, centred: torch.Tensor, do: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Variance of dk and dv from errors that are one for all queries of a key.
+
+    Of dP where cotangents do not differ from query to query, of P where queries do not; ``centred``: dP − δ.
+    """
+    if not dp.value.numel():
+        return {}
+    batch, heads, m, _ = p.value.shape
+    groups = problem.k.shape[1]
+    rows = heads // max(groups, 1) * m
+
+    def together(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(batch, groups, rows, x.shape[-1])
+
+    q = together(problem.queries().double()) * problem.scale
+    error_p, error_dp = p.spread.sqrt(), dp.spread.sqrt()
+    same_dp = 3.0 * coincidence(together(dp.value).mT, _SAME)
+    same_p = 3.0 * coincidence(together(p.value).mT, _SAME)
+    by_dp = together(p.value * error_dp * dp.value.sign()).mT @ q
+    by_p = together(error_p * centred).mT @ q
+    return {
+        "dk": same_dp * by_dp.square() + same_p * by_p.square(),
+        "dv": same_p * (together(error_p).mT @ together(do)).square(),
+    }
 
 
 def _with_common_errors(

@@ -17,9 +17,9 @@ from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.budgets.softmax import weighing
 from attnproof.properties.budgets.softmax_gradients import (
     _add_operand_response,
-    _alike,
     _weights,
     _with_common_errors,
+    alike_in_row,
 )
 from attnproof.properties.budgets.stored import stored_budget
 from attnproof.properties.claims.dq_replay import Certified
@@ -83,7 +83,7 @@ def source_variance(certified: Certified, source: str, contract: Contract | None
     independent = replace(ds, variance=ds.spread + ds.value.square() * common)
     backward = ScaledOperands(_last(source, sums, r), call.scale)
     found = problem.backward(backward, (q, k), p, independent, do, None)
-    shift = delta.spread + _alike(products, p.value, dp.value)
+    shift = delta.spread + alike_in_row(p.value, dp)
     found["dq"] = _with_common_errors(problem, found["dq"], p, shift, common)
     if source == "P" and max(r.operand, r.input) > 2.0**-20:
         _add_operand_response(problem, r, w, p.value, dp.value, do.value, found)

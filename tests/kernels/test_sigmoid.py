@@ -298,6 +298,6 @@ def test_tanh_example_is_right_where_sigmoid_is_large_and_wrong_where_it_is_smal
         good, naive = (f(q, k, v, scale=0.25).double() for f in (attention, tanh_sigmoid_attention))
         assert ((good - want[0]).abs() <= errors[0]).all()
         off.append(((naive - want[0]).abs() / want[0]).max().item())
-    # 64 times the keys, 64 times the relative error: a fourth of that is left to chance
-    assert off[1] > 16 * off[0]
+    # 2⁻¹² of the smallest weight: a few percent of those of 64 keys, and all of it where 4096 share the mass
+    assert off[0] < 0.25 < 0.9 < off[1]
     assert ((naive - want[0]).abs() > errors[0]).any()
