@@ -213,7 +213,7 @@ def _statistics(sample: Sample) -> Iterator[tuple[str, dict[str, float]]]:
         if rows and output > 0.0:
             width = _width(case.sizes, name, case.family)
             found = {"row": row, "output": output}
-            if rows >= _BIASED_ROWS and case.view != "broadcast":
+            if rows >= _BIASED_ROWS and case.view != "broadcast" and not name.startswith("d"):
                 found["bias"] = abs(bias)
             yield threshold_key(case.family, name, case.dtype, regime_class, width), found
 

@@ -149,9 +149,16 @@ class Trial:
         if limits is None:
             return 0.0
         ratios = [float(found.row_rms.nan_to_num(0.0).max()) / limits.row, found.rms / limits.output]
-        if limits.biased(found):
+        if self._biased(name, limits, found):
             ratios.append(abs(found.mean) / limits.bias)
         return max(ratios)
+
+    def _biased(self, name: str, limits: Thresholds, found: Deviation) -> bool:
+        """Whether an output is biased; of gradients it is not asked.
+
+        All their rows are made of the same queries, so that their errors have a mean without any bias.
+        """
+        return name in self.problem.outputs and limits.biased(found)
 
     def logit_magnitude(self) -> float:
         """Largest |logit| among the finite inputs, before soft cap and bias."""
@@ -219,7 +226,7 @@ class Trial:
             words = f"rms of error/probable is {rms:.3g}, healthy kernels stay below {limits.output:.3g}"
             failures.append(self._failure("probable-output", name, index, got, rms, words))
         truncated = self.contract.precision.resolved(self.case.dtype).accumulate == "truncated"
-        if not truncated and limits.biased(found):
+        if not truncated and self._biased(name, limits, found):
             mean = found.mean
             side = "away from" if mean > 0 else "toward"
             usual = f"healthy kernels stay below {limits.bias:.3g}"

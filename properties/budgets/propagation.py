@@ -100,6 +100,8 @@ class Propagation(Arithmetic[Estimate]):
         certain = a.value.abs() * b.bound + a.bound * b.size
         certain = certain * (1.0 + 2.0 * u) + u * value.abs() + self._underflow(a.size * b.size)
         variance = a.value.square() * b.spread + a.spread * (b.value.square() + b.spread)
+        if a is b:  # a square: its two factors err alike
+            variance = 2.0 * variance
         variance = variance + u * u * MEAN_SQUARE * value.square()
         return self._checked(value, certain, variance, _either(a.lost, b.lost, value))
 

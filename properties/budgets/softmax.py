@@ -45,6 +45,7 @@ _SLACK = 1.0 + 1e-6
 # Errors of one sign that a declaration allows without asking for them count this many times their mean: a
 # kernel that truncates operands to tf32 then has a mean error/probable of 0.4, below every threshold of bias.
 _LEAN = 2.5
+_LARGE_LOGIT_VARIANCE = 2.0**-4
 # Random signs with which the response to rounded operands is sampled: the estimated standard deviation is
 # itself accurate to 1/√(2·probes), 18 %.
 PROBES = 16
@@ -364,6 +365,7 @@ def _probable_output(
     p, n = row.p, row.count
     squares = p.square() @ v.square()
     variance = second_moment(p.square() * variance_e, v, o)
+    variance = variance + _upheaval(row, v, o, variance_e)
     # Rounded constants (scale, log2 e) stretch all logits of a row alike.
     stretch = (p * torch.where(p > 0, row.x, 0.0)) @ v - o * (p * torch.where(p > 0, row.x, 0.0)).sum(
         -1, keepdim=True
@@ -424,6 +426,21 @@ def _operand_response(
         weighted = row.p * torch.nn.functional.pad(t, (0, extra)) if extra else row.p * t
         total += (weighted @ v - weighted.sum(-1, keepdim=True) * o).square()
     return total / PROBES
+
+
+def _upheaval(row: Row, v: torch.Tensor, o: torch.Tensor, variance_e: torch.Tensor) -> torch.Tensor:
+    """Variance, (B, H, M, E), where logits err by so much that the order of the keys is open.
+
+    A weight is then not moved by its logit's error times itself: a key far below the largest may take its
+    place. Keys count with the weight that they have three standard deviations further up. 0 where errors of
+    logits are small.
+    """
+    variance = variance_e + variance_e.gather(-1, row.top)
+    large = (variance > _LARGE_LOGIT_VARIANCE) & (row.x > -torch.inf)
+    if not bool(large.any()):
+        return torch.zeros_like(o)
+    raised = torch.where(large, torch.exp((row.log_p + 3.0 * variance.sqrt()).clamp(max=0.0)), 0.0)
+    return second_moment(raised.square() * variance.clamp(max=1.0), v, o)
 
 
 def _coincidence(row: Row, unit: float) -> torch.Tensor:

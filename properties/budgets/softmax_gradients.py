@@ -202,30 +202,50 @@ def _add_operand_response(
     do: torch.Tensor,
     found: dict[str, Estimate],
 ) -> None:
-    """Adds the response of dq, dk and dv to rounded queries, one error for all keys of a row, sampled.
+    """Adds the response of dq, dk and dv to rounded queries and keys, sampled with random signs.
 
     P' = p (t − t̄) and dS' = P' (dP − δ) − p Σ P' dP for a change t of the logits.
     """
     generator = torch.Generator().manual_seed(0)
-    sigma = query_rounding(problem, r, w.logits.q)
     keys, queries = problem.keys().double(), problem.queries().double()
+    by_query, by_key = _operand_errors(problem, r, w)
     centred = dp - (p * dp).sum(-1, keepdim=True)
     total = {name: torch.zeros_like(found[name].value) for name in ("dq", "dk", "dv")}
     batch, groups = total["dk"].shape[:2]
-    group = problem.group
+    rows = problem.group * queries.shape[2]
 
-    def shared(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(batch, groups, group, *x.shape[2:]).sum(2)
+    def together(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(batch, groups, rows, x.shape[-1])
+
+    def response(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t = t - (p * t).sum(-1, keepdim=True)
+        weights = p * t
+        return weights, (weights * centred - p * (weights * centred).sum(-1, keepdim=True)) * problem.scale
 
     for _ in range(PROBES // 4):
         signs = torch.randint(0, 2, (queries.shape[-1],), generator=generator).double() * 2.0 - 1.0
-        t = (sigma * signs) @ keys.mT
-        t = t - (p * t).sum(-1, keepdim=True)
-        weights = p * t
-        moved = (weights * centred - p * (weights * centred).sum(-1, keepdim=True)) * problem.scale
+        weights, moved = response((by_query * signs) @ keys.mT)
         total["dq"] += (moved @ keys).square()
-        total["dk"] += shared(moved.mT.square() @ queries.square())
-        total["dv"] += shared(weights.mT.square() @ do.square())
-    for name, response in total.items():
+        total["dk"] += together(moved).mT.square() @ together(queries).square()
+        total["dv"] += together(weights).mT.square() @ together(do).square()
+        # A key's error is one for all queries of its column, and another for each key of a row.
+        weights, moved = response(queries @ (by_key * signs).mT)
+        total["dq"] += moved.square() @ keys.square()
+        total["dk"] += (together(moved).mT @ together(queries)).square()
+        total["dv"] += (together(weights).mT @ together(do)).square()
+    for name, more in total.items():
         estimate = found[name]
-        found[name] = replace(estimate, variance=estimate.spread + response / (PROBES // 4))
+        found[name] = replace(estimate, variance=estimate.spread + more / (PROBES // 4))
+
+
+def _operand_errors(problem: SoftmaxProblem, r: Roundings, w: Weighing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard deviations of scale·q (B, H, M, D) and scale·k (B, H, N, D) as a kernel holds them."""
+    queries, keys = query_rounding(problem, r, w.logits.q), query_rounding(problem, r, w.logits.k)
+    computed = problem.computed(r)
+    if computed is None:
+        return queries, keys
+    scale = abs(problem.scale)
+    return (
+        torch.maximum(queries, scale * computed[0].spread.sqrt()),
+        torch.maximum(keys, scale * computed[1].spread.sqrt()),
+    )

@@ -21,7 +21,7 @@ from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.budgets.base import dtype_name
 from attnproof.properties.budgets.pointwise import SharedErrors
-from attnproof.properties.budgets.propagation import Estimate, ScaledOperands, wider
+from attnproof.properties.budgets.propagation import Estimate, ScaledOperands, coincidence, wider
 from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.budgets.stored import stored_budget, with_edges
 from attnproof.properties.contract import Contract, ContractError
@@ -220,6 +220,9 @@ class PointwiseProblem(Problem):
         if self.divisor != 1.0:
             estimate = wider(estimate, self._output(a, p, self.values(), early=True))
         shared = SharedErrors(self, a).of_output()
+        # Equal keys have equal errors: a sum over them does not average these out.
+        alike = 3.0 * coincidence(p.value, 2.0**-24) if p.value.numel() else 0.0
+        shared = shared + alike * (p.spread.sqrt() @ self.values().double() / self.divisor).square()
         estimate = replace(estimate, variance=estimate.spread + shared)
         closed = broadcast_mask(self.undetermined(), self.shape("o"))
         budget = stored_budget(estimate, reference["o"].value, contract, dtype, closed)
