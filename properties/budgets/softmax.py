@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from attnproof.properties.budgets.propagation import Estimate
     from attnproof.properties.families.softmax import SoftmaxProblem
 
-__all__ = ["PROBES", "Weighing", "attention_budgets", "query_rounding", "weighing"]
+__all__ = ["PROBES", "Weighing", "attention_budgets", "query_rounding", "upheaved_weights", "weighing"]
 
 _LARGEST_SQUARE = 1e300
 # Slack for the float64 evaluation of the budget itself; its own relative error is below 1e-9 for N ≤ 65,536.
@@ -429,18 +429,21 @@ def _operand_response(
 
 
 def _upheaval(row: Row, v: torch.Tensor, o: torch.Tensor, variance_e: torch.Tensor) -> torch.Tensor:
-    """Variance, (B, H, M, E), where logits err by so much that the order of the keys is open.
+    """Variance, (B, H, M, E), that :func:`upheaved_weights` make of o; 0 where errors of logits are small."""
+    moved = upheaved_weights(row, variance_e)
+    return second_moment(moved, v, o) if bool(moved.any()) else torch.zeros_like(o)
+
+
+def upheaved_weights(row: Row, variance_e: torch.Tensor) -> torch.Tensor:
+    """Variance of P, (B, H, M, N), where logits err by so much that the order of the keys is open.
 
     A weight is then not moved by its logit's error times itself: a key far below the largest may take its
-    place. Keys count with the weight that they have three standard deviations further up. 0 where errors of
-    logits are small.
+    place. Keys count with the weight that they have three standard deviations further up.
     """
     variance = variance_e + variance_e.gather(-1, row.top)
     large = (variance > _LARGE_LOGIT_VARIANCE) & (row.x > -torch.inf)
-    if not bool(large.any()):
-        return torch.zeros_like(o)
     raised = torch.where(large, torch.exp((row.log_p + 3.0 * variance.sqrt()).clamp(max=0.0)), 0.0)
-    return second_moment(raised.square() * variance.clamp(max=1.0), v, o)
+    return raised.square() * variance.clamp(max=1.0)
 
 
 def _coincidence(row: Row, unit: float) -> torch.Tensor:

@@ -21,7 +21,13 @@ from attnproof.properties.budgets.base import Budget, dtype_name
 from attnproof.properties.budgets.propagation import Estimate, Propagation, ScaledOperands, coincidence
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 from attnproof.properties.budgets.rows import normaliser_shift
-from attnproof.properties.budgets.softmax import PROBES, Weighing, query_rounding, weighing
+from attnproof.properties.budgets.softmax import (
+    PROBES,
+    Weighing,
+    query_rounding,
+    upheaved_weights,
+    weighing,
+)
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
@@ -94,7 +100,7 @@ def _weights(w: Weighing, r: Roundings) -> tuple[Estimate, torch.Tensor]:
     certain = row.p * torch.expm1(error.clamp(max=_LARGEST_EXPONENT))
     certain = torch.where(row.x > -torch.inf, certain + r.probabilities_tiny, 0.0)
     lost = (row.log_p + error > 80.0) & (row.x > -torch.inf)
-    variance = row.p.square() * w.variance
+    variance = row.p.square() * w.variance + upheaved_weights(row, w.variance)
     common = (row.p.square() * w.variance).sum(-1, keepdim=True)
     common = common + ((2.0 * r.elementwise + r.lse) * size).square() / 3.0
     common = common + row.count / 3.0 * MEAN_SQUARE * r.accumulate**2
