@@ -235,7 +235,7 @@ def _fitted(key: str, columns: Mapping[str, list[float]]) -> Thresholds:
     _, output, _, regime_class, width = key.split("/")
     least = _LEAST[width]
     if output.startswith("d") and regime_class in _FEW_ERRORS:
-        least = tuple(_DERIVED * limit for limit in least)
+        least = (_DERIVED * least[0], _DERIVED * least[1], _DERIVED * least[2])
     limits, intervals = dict(zip(_STATISTICS, least, strict=True)), {}
     for name, values in columns.items():
         if values:

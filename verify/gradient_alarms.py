@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -111,7 +112,7 @@ def _counted(family: str, chosen: argparse.Namespace) -> Counter[str]:
 
 def _finding(rows: Sequence[Counter[str]], seed: int) -> Finding:
     names = [FAMILIES[row["family"]] for row in rows]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "family": names,
         "cases": [row["cases"] for row in rows],
         "false alarms": [row["FAIL"] for row in rows],
