@@ -348,7 +348,6 @@ def tiles_of(weighting: Weighting, tensors: tuple[torch.Tensor, ...], owner: str
     four targets.
     """
     q, _, v = tensors[:3]
-    wide = max(padded_width(q.shape[3]), padded_width(v.shape[3])) > 64
     scattered = memory_layout(*tensors) != ALIGNED
     tiles = tiles_for(q.dtype, q.shape[3], v.shape[3], "ieee", scattered=scattered)
     block_m, block_n, warps, stages = tiles
@@ -356,7 +355,7 @@ def tiles_of(weighting: Weighting, tensors: tuple[torch.Tensor, ...], owner: str
     if len(tensors) > 3:
         exact = q.dtype == torch.float32
         owned = 16 if exact or (scattered and owner == "BN") else 32
-        walked = 16 if wide and owner == "BN" else owned
+        walked = 16 if owner == "BN" else owned
         block_m, block_n = (owned, walked) if owner == "BM" else (walked, owned)
         warps, stages = 4 if exact and scattered else 8 if exact else warps, 1
     return Tiles(weighting.block_m or block_m, weighting.block_n or block_n, warps, stages)
