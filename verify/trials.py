@@ -241,8 +241,6 @@ def _judge_outcome(
     if complaint:
         return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail))), {}, trial
     gradients, notice, broken = _gradients(subject, trial, outcome)
-    if broken is not None:
-        failures.append(broken)
     if gradients:
         trial, outputs = trial.with_gradients(), {**outputs, **gradients}
     for alias in outcome.aliases:
@@ -258,8 +256,10 @@ def _judge_outcome(
         judgement = replace(
             judgement, unjudged={**judgement.unjudged, notice: len(trial.problem.differentiated)}
         )
+    # A wrong output comes before a missing gradient: whoever mends the outputs may mend both.
+    failures += judgement.failures + ((broken,) if broken is not None else ())
     if failures:
-        judgement = replace(judgement, verdict="FAIL", failures=(*failures, *judgement.failures))
+        judgement = replace(judgement, verdict="FAIL", failures=tuple(failures))
     return judgement, outputs, trial
 
 

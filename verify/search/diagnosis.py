@@ -81,6 +81,7 @@ class _Diagnosis:
             "aliasing": "An output lies in memory that is not its own",
             "determinism": "Two runs on the same tensors give different bits",
             "shape": "What is returned has not the form that the contract asks",
+            "gradient": "The backward pass is incomplete",
             "memory-fault": "The kernel reads or writes outside its tensors",
             "output-flood": "The kernel prints without end",
         }
