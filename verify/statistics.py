@@ -33,6 +33,8 @@ __all__ = [
 ANY_CLASS = "any"
 # A signed mean counts only when it is this many of its standard errors from zero, in addition to its size.
 _SIGNIFICANT = 6.0
+# Independent roundings differ by some tenths of a probable budget, even where all go one way.
+_ALIKE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,12 +143,14 @@ class Thresholds(msgspec.Struct, frozen=True):
         Rows that are equal, as under a broadcast view, are one: only distinct means count, and eight of them.
         Exact results that coincide (equal weights) are all rounded alike to the output's dtype: the mean must
         therefore be as large about the rounded exact results, from which such a rounding does not stray.
+        Errors that are all alike are one error, such as that of a scaled query that all rows share.
         """
         rows = deviation.row_rms.isfinite()
         elements = deviation.compared.sum(-1).clamp(min=1)
         means = (deviation.probable.sum(-1) / elements)[rows]
         count = len(set(means.tolist()))
-        if count < 8:
+        alike = float(deviation.probable[deviation.compared].std(correction=0)) < _ALIKE
+        if count < 8 or alike:
             return False
         mean, spread = float(means.mean()), float(means.std())
         beside = float((deviation.beside.sum(-1) / elements)[rows].mean())

@@ -68,6 +68,10 @@ def attention_gradient_estimates(
     terms = torch.where(dp.size.amax(-1, keepdim=True) > 0, w.row.count + 4.0, 0.0) if keys else w.row.count
     lost = r.accumulate_tiny * terms
     whole = replace(whole, certain=whole.bound + lost, variance=whole.spread + lost.square() / 3.0)
+    if problem.softcap is not None:
+        # softcap · tanh(s / softcap) differentiated step by step multiplies dS by the cap first.
+        over = whole.size * max(problem.softcap, 1.0) >= r.largest / 2.0
+        whole = replace(whole, lost=over if whole.lost is None else whole.lost | over)
     # Where dP overflows, 0·inf of a key that is not seen makes a NaN as well.
     ds = replace(a.masked(whole, problem.seen), lost=whole.lost)
     independent = replace(ds, variance=ds.spread + ds.value.square() * common)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from attnproof.healthy_gradients import stored_attention
 from attnproof.in_process import InProcess
 from attnproof.properties.case import Case
-from attnproof.properties.contract import Contract, Precision
+from attnproof.properties.contract import Contract, Precision, contract_of
 from attnproof.reports.record import CaseJudged
 from attnproof.targets import Importable
 from attnproof.trials import Subject, judge_case
@@ -43,6 +44,18 @@ def test_a_gradient_that_is_cut_off_is_named() -> None:
 def test_a_wrong_output_comes_before_a_missing_gradient() -> None:
     rules = [failure.rule for failure in judged("mean_of_values", NORMAL).failures]
     assert rules == ["certain", "gradient"]
+
+
+def test_a_soft_cap_that_makes_ds_overflow_on_the_way_leaves_its_row_unjudged() -> None:
+    """Autograd multiplies dS of 10^37 by the cap 50 before it divides by it: inf, then NaN."""
+    shape = "B1,H7,G1,M2,N2,D16,E16:softcap=50.0,cu_seqlens=0+0+2,cotangents=normal"
+    case = Case.parse(f"softmax:bfloat16:large-values:{shape}:transposed:700105664")
+    contract = contract_of(stored_attention)
+    assert contract is not None
+    target = Importable("attnproof.healthy_gradients:stored_attention")
+    event = judge_case(Subject("stored", target, contract, "cpu", gradients=True), case, InProcess().call)
+    assert event.verdict == "PASS", event.failures
+    assert event.unjudged["an intermediate may overflow"]
 
 
 def cases() -> Iterator[Case]:

@@ -162,6 +162,17 @@ def test_results_that_coincide_and_are_rounded_alike_have_no_bias() -> None:
     assert abs(judgement.outputs["y"].bias) > 1.0
 
 
+def test_one_rounding_that_all_rows_share_is_no_bias() -> None:
+    """The queries' dominant entry is one number, so that rounding q·scale moves every lse by the same."""
+    case = Case.parse("softmax:float16:descending:B1,H2,G2,M6,N16,D192,E128:return_lse:transposed:700114246")
+    found = prepare(case, Contract("softmax", options=("return_lse",)))
+    q, k, v = (tensor.float() for tensor in found.inputs.tensors.values())
+    s = (q * found.inputs.options["scale"]).half().float() @ k.mT
+    judgement = found.judge({"o": (torch.softmax(s, -1) @ v).half(), "lse": torch.logsumexp(s, -1)})
+    assert judgement.verdict == "PASS", judgement.failures
+    assert abs(judgement.outputs["lse"].bias) > 1.4
+
+
 def test_an_output_that_is_always_truncated_is_biased() -> None:
     case = Case.parse("softmax:bfloat16:one-sign-values:B1,H2,G1,M64,N33,D16,E64:-:contiguous:3")
     found = prepare(case, Contract("softmax", dtypes=("bfloat16",)))
