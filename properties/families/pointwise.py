@@ -10,6 +10,7 @@ those of K and V summed over the query heads that share them. What w, b and c ar
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -128,9 +129,8 @@ class PointwiseProblem(Problem):
         self, arithmetic: Arithmetic[V], cotangents: Mapping[str, torch.Tensor]
     ) -> dict[str, V]:
         """Gradients of Σ o·cotangent by q, k and v."""
-        return self._gradients(
-            arithmetic, self._pieces(arithmetic, cotangents["o"]), cotangents["o"], early=False
-        )
+        do = arithmetic.exact(cotangents["o"])
+        return self._gradients(arithmetic, self._pieces(arithmetic, do), do, divided="late")
 
     def _output(self, a: Arithmetic[V], p: V, v: torch.Tensor, *, early: bool) -> V:
         """P V / c; ``early`` divides P before it is stored."""
@@ -138,31 +138,33 @@ class PointwiseProblem(Problem):
             return a.matmul(a.store(self._divided(a, p), "probabilities"), a.exact(v))
         return self._divided(a, a.matmul(a.store(p, "probabilities"), a.exact(v)))
 
-    def _pieces(self, a: Arithmetic[V], cotangent: torch.Tensor) -> tuple[V, V, V]:
+    def _pieces(self, a: Arithmetic[V], do: V) -> tuple[V, V, V]:
         """P and w'(S), 0 where nothing is seen, and dP as it is stored; all (B, H, M, N)."""
         s = self.scores(a)
         p, slope = a.masked(self.weights(a, s), self.seen), a.masked(self.slopes(a, s), self.seen)
-        dp = a.matmul(a.exact(cotangent), a.transpose(a.exact(self.values())))
+        dp = a.matmul(do, a.transpose(a.exact(self.values())))
         return p, slope, a.store(dp, "dscores")
 
-    def _gradients(
-        self, a: Arithmetic[V], pieces: tuple[V, V, V], cotangent: torch.Tensor, *, early: bool
-    ) -> dict[str, V]:
-        """dq, dk, dv; ``early`` applies scale and 1/c to dS and P before they are stored."""
+    def _gradients(self, a: Arithmetic[V], pieces: tuple[V, V, V], do: V, *, divided: str) -> dict[str, V]:
+        """dq, dk, dv from P, w'(S) and dP.
+
+        ``divided``: where 1/c comes in: "first" into dO, which is so already, "early" into P and dS before
+        they are stored, with the scale, or "late" into the results.
+        """
         p, slope, dp = pieces
         groups = self.k.shape[1]
         ds = a.mul(slope, dp)
-        if early:
+        if divided == "early":
             p, ds = self._divided(a, p), a.scaled(self._divided(a, ds), self.scale)
         p, ds = a.store(p, "probabilities"), a.store(ds, "dscores")
         dq = a.matmul(ds, a.store(a.exact(self.keys()), "operand"))
         q = heads_together(a, a.store(a.exact(self.q), "operand"), groups)
         dk = a.matmul(a.transpose(heads_together(a, ds, groups)), q)
-        do = heads_together(a, a.exact(cotangent), groups)
-        dv = a.matmul(a.transpose(heads_together(a, p, groups)), do)
-        if not early:
-            dq, dk = (a.scaled(self._divided(a, x), self.scale) for x in (dq, dk))
-            dv = self._divided(a, dv)
+        dv = a.matmul(a.transpose(heads_together(a, p, groups)), heads_together(a, do, groups))
+        if divided == "late":
+            dq, dk, dv = (self._divided(a, x) for x in (dq, dk, dv))
+        if divided != "early":
+            dq, dk = (a.scaled(x, self.scale) for x in (dq, dk))
         return {"dq": dq, "dk": dk, "dv": dv}
 
     def _divided(self, a: Arithmetic[V], x: V) -> V:
@@ -234,15 +236,18 @@ class PointwiseProblem(Problem):
         contract: Contract,
         cotangents: Mapping[str, torch.Tensor],
     ) -> dict[str, Estimate]:
-        """The formulas over the arithmetic of budgets, with scale and 1/c before or after the products."""
+        """The formulas over the arithmetic of budgets, scale and 1/c wherever a kernel may apply them."""
         a = ScaledOperands(Roundings.of(contract, dtype_name(self.dtype)), self.scale)
-        cotangent = cotangents["o"]
-        pieces = self._pieces(a, cotangent)
-        early, late = (self._gradients(a, pieces, cotangent, early=early) for early in (True, False))
-        shared = SharedErrors(self, a).of_gradients(pieces, cotangent)
+        do = a.exact(cotangents["o"])
+        pieces = self._pieces(a, do)
+        ways = [self._gradients(a, pieces, do, divided=divided) for divided in ("late", "early")]
+        if self.divisor != 1.0:
+            scaled = a.store(self._divided(a, do), "operand")
+            ways.append(self._gradients(a, self._pieces(a, scaled), scaled, divided="first"))
+        shared = SharedErrors(self, a).of_gradients(pieces, cotangents["o"])
         found = {}
-        for name in late:
-            estimate = wider(early[name], late[name])
+        for name in ways[0]:
+            estimate = functools.reduce(wider, (way[name] for way in ways))
             found[name] = replace(estimate, variance=estimate.spread + shared[name])
         return found
 
