@@ -10,6 +10,7 @@ K, and that of L moves it along dQ itself. They are added to the variance of dQ 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ from attnproof.properties.contract import Contract
 if TYPE_CHECKING:
     from attnproof.properties.families.softmax import SoftmaxProblem
 
-__all__ = ["attention_gradient_estimates"]
+__all__ = ["attention_gradient_errors", "attention_gradient_estimates"]
 
 _LARGEST_EXPONENT = 700.0
 # Numbers that agree to this are rounded alike in every format.
@@ -47,6 +48,19 @@ def attention_gradient_estimates(
     cotangents: Mapping[str, torch.Tensor],
 ) -> dict[str, Estimate]:
     """Gradients "dq", "dk", … with the errors of a kernel under ``contract``, before they are stored."""
+    return attention_gradient_errors(problem, reference, contract, cotangents)[0]
+
+
+def attention_gradient_errors(
+    problem: SoftmaxProblem,
+    reference: Mapping[str, Enclosure],
+    contract: Contract,
+    cotangents: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, Estimate], torch.Tensor]:
+    """The same, and the variance (B, H, M, 1) of the error of dP − δ that all keys of a row share.
+
+    Whoever sums dK over keys needs the latter: such errors add up there.
+    """
     r = Roundings.of(contract, dtype_name(problem.dtype))
     a = ScaledOperands(r, problem.scale)
     q, k, v = problem.computed(r) or problem.operands(a)
@@ -83,10 +97,13 @@ def attention_gradient_estimates(
         found[name] = replace(found[name], variance=found[name].spread + more)
     if max(r.operand, r.input) > 2.0**-20:
         _add_operand_response(problem, r, w, own.value, dp.value, do.value, found)
+    computed = problem.computed(r)
+    if computed is not None:
+        _add_common_response(problem, computed[0].spread, own.value, dp.value, do.value, found)
     if problem.sinks is not None:
         sink = _raised(p.columns(keys, None), common)
         found["dsinks"] = problem.sink_gradient(a, sink, delta)
-    return found
+    return found, shift
 
 
 def _weights(w: Weighing, r: Roundings) -> tuple[Estimate, torch.Tensor]:
@@ -219,18 +236,13 @@ def _add_operand_response(
     generator = torch.Generator().manual_seed(0)
     keys, queries = problem.keys().double(), problem.queries().double()
     by_query, by_key = _operand_errors(problem, r, w)
-    centred = dp - (p * dp).sum(-1, keepdim=True)
     total = {name: torch.zeros_like(found[name].value) for name in ("dq", "dk", "dv")}
-    batch, groups = total["dk"].shape[:2]
-    rows = problem.group * queries.shape[2]
 
     def together(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(batch, groups, rows, x.shape[-1])
+        return _together(problem, x)
 
     def response(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        t = t - (p * t).sum(-1, keepdim=True)
-        weights = p * t
-        return weights, (weights * centred - p * (weights * centred).sum(-1, keepdim=True)) * problem.scale
+        return _response(t, p, dp, problem.scale)
 
     for _ in range(PROBES // 4):
         signs = torch.randint(0, 2, (queries.shape[-1],), generator=generator).double() * 2.0 - 1.0
@@ -246,6 +258,51 @@ def _add_operand_response(
     for name, more in total.items():
         estimate = found[name]
         found[name] = replace(estimate, variance=estimate.spread + more / (PROBES // 4))
+
+
+def _add_common_response(
+    problem: SoftmaxProblem,
+    spread: torch.Tensor,
+    p: torch.Tensor,
+    dp: torch.Tensor,
+    do: torch.Tensor,
+    found: dict[str, Estimate],
+) -> None:
+    """Adds the response to an error that all queries of a head share, such as that of a mean taken off them.
+
+    ``spread``: variance of computed queries, (B, H, M, D), all of which may be such an error.
+    """
+    if not spread.numel() or not p.numel():
+        return
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = problem.keys().double(), problem.queries().double()
+    common = problem.scale * spread.mean(2, keepdim=True).sqrt()
+    together = functools.partial(_together, problem)
+    total = {name: torch.zeros_like(found[name].value) for name in ("dq", "dk", "dv")}
+    for _ in range(PROBES // 4):
+        signs = torch.randint(0, 2, (keys.shape[-1],), generator=generator).double() * 2.0 - 1.0
+        weights, moved = _response((common * signs) @ keys.mT, p, dp, problem.scale)
+        total["dq"] += (moved @ keys).square()
+        total["dk"] += (together(moved).mT @ together(queries)).square()
+        total["dv"] += (together(weights).mT @ together(do)).square()
+    for name, more in total.items():
+        found[name] = replace(found[name], variance=found[name].spread + more / (PROBES // 4))
+
+
+def _response(
+    t: torch.Tensor, p: torch.Tensor, dp: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How P, and scale · dS, move with logits that move by t; all (B, H, M, N)."""
+    centred = dp - (p * dp).sum(-1, keepdim=True)
+    weights = p * (t - (p * t).sum(-1, keepdim=True))
+    moved = weights * centred
+    return weights, (moved - p * moved.sum(-1, keepdim=True)) * scale
+
+
+def _together(problem: SoftmaxProblem, x: torch.Tensor) -> torch.Tensor:
+    """The rows of all query heads that share a key/value head, (B, G, H/G·M, ·)."""
+    groups = problem.k.shape[1]
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups * x.shape[2], x.shape[3])
 
 
 def _operand_errors(problem: SoftmaxProblem, r: Roundings, w: Weighing) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.budgets.propagation import Estimate, Propagation
 from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.budgets.softmax import attention_budgets
-from attnproof.properties.budgets.softmax_gradients import attention_gradient_estimates
+from attnproof.properties.budgets.softmax_gradients import attention_gradient_errors
 from attnproof.properties.contract import Contract, ContractError
 from attnproof.properties.families.arguments import checked_tensors, finite, number
 from attnproof.properties.families.base import Budget, Family, broadcast_mask, dtype_name
@@ -237,9 +237,9 @@ class BatchNormalisedProblem(SoftmaxProblem):
         q, k, _ = self.operands(a)
         by_queries = a.scaled(_over_rows(a, a.mul(dq, q)), sides[0])
         by_keys = a.scaled(_over_rows(a, a.mul(dk, k)), sides[1])
-        # (k − μ)/s, which a kernel may have at hand as k'.
-        unit = a.store(a.div(centred, s), "operand")
-        return a.div(a.mul(a.add(by_queries, by_keys), unit), a.mul(self._count(a), s))
+        ds = a.div(a.add(by_queries, by_keys), s)
+        # ds/s is twice the gradient of the variance, which a kernel may form: it must not overflow.
+        return a.div(a.mul(a.div(ds, s), a.store(centred, "operand")), self._count(a))
 
     def gradient_estimates(
         self,
@@ -251,14 +251,50 @@ class BatchNormalisedProblem(SoftmaxProblem):
         a = Propagation(Roundings.of(contract, dtype_name(self.dtype)))
         estimates = []
         for form in self._forms():
-            found = attention_gradient_estimates(form, reference, contract, cotangents)
+            found, shift = attention_gradient_errors(form, reference, contract, cotangents)
             rows, heads = form._overflowing(contract)
             lost = (heads | rows.any(-1)).reshape(*heads.shape, 1, 1)
             found = {name: _with_lost(x, lost) for name, x in found.items()}
-            estimates += [
-                form._through(a, found, sides) for sides in (_SIDES if self.variance else _SIDES[:1])
-            ]
+            for sides in _SIDES if self.variance else _SIDES[:1]:
+                estimate = form._through(a, found, sides)
+                for name, more in form._shared_errors(a, shift, cotangents["o"]).items():
+                    shared = estimate[name].spread + more.expand(estimate[name].value.shape)
+                    estimate[name] = replace(estimate[name], variance=shared)
+                estimates.append(estimate)
         return widest(estimates)
+
+    def _shared_errors(
+        self, r: Propagation, shift: torch.Tensor, cotangent: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Variance of dk (B, G, N, D) and dbeta (H,) from errors that a sum over keys or queries meets often.
+
+        An error ε of dP − δ, one for all keys of row i, moves Σ_i dq' + Σ_j dk', which reach the mean, by
+        scale · ε (Σ_j p k' + q'). An error of q' that comes with the mean is one for all queries: it moves
+        dk'_j by scale · ε Σ_i dS_ij.
+
+        Args:
+            r: the arithmetic of budgets; shift: variance of the first ε, (B, H, M, 1).
+            cotangent: of o, (B, H, M, E).
+        """
+        if not self.k.shape[2] or not self.q.shape[2]:
+            return {}
+        a = EnclosureArithmetic()
+        average, centred = self.statistics(a)
+        mean = a.midpoint(average)
+        s = a.midpoint(self.deviation(a, centred)) if self.variance else torch.ones(())
+        p = torch.softmax(self.queries() @ self.keys().mT * self.scale, -1)
+        both = self.scale * (p @ self.keys() + (0.0 if self.centred else 1.0) * self.queries()) / s
+        beta = torch.ones(()) if self.beta is None else self.beta.double().reshape(1, -1, 1, 1)
+        moved = (shift * (beta * both).square()).sum(2, keepdim=True) / self.k.shape[2] ** 2
+        dp = cotangent.double() @ self.v.double().mT
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        common = self.operands(r)[0].spread.mean(2, keepdim=True)
+        moved = moved + common * (self.scale * ds.sum(2).unsqueeze(-1) / s).square()
+        batch, heads, keys, width = moved.shape
+        found = {"dk": moved.reshape(batch, self.groups, heads // self.groups, keys, width).sum(2)}
+        if self.beta is not None:
+            found["dbeta"] = (shift * (both * mean).sum(-1, keepdim=True).square()).sum((0, 2, 3))
+        return found
 
     def _part(self, b: int, h: int, chosen: torch.Tensor, used: torch.Tensor) -> BatchNormalisedProblem:
         """Chosen rows of one head, with all of its keys: the statistics need them."""
