@@ -90,6 +90,15 @@ def attention_gradient_errors(
     ds = replace(a.masked(whole, problem.seen), lost=whole.lost)
     independent = replace(ds, variance=ds.spread + ds.value.square() * common)
     found = problem.backward(a, (q, k), a.masked(_raised(own, common), problem.seen), independent, do, tanh)
+    if abs(problem.scale) > 1.0:
+        # dS may be scaled before it meets K and Q.
+        early = a.scaled(ds, problem.scale)
+        grouped = [a.reshape(x, _together(problem, x.value).shape) for x in (early, q)]
+        early_dq, early_dk = a.matmul(early, k), a.matmul(a.transpose(grouped[0]), grouped[1])
+        for name, x in (("dq", early_dq), ("dk", early_dk)):
+            if x.lost is not None:
+                known = found[name].lost
+                found[name] = replace(found[name], lost=x.lost if known is None else x.lost | known)
     shift = delta.spread + alike_in_row(own.value, dp)
     found["dq"] = _with_common_errors(problem, found["dq"], own, shift, common)
     whole_p = _raised(own, common)
@@ -157,7 +166,12 @@ def _delta(
     direct = a.sum(replace(a.masked(a.mul(own, dp), problem.seen), lost=dp.lost))
     marks = [x for x in (delta.lost, direct.lost) if x is not None]
     lost = None if not marks else torch.stack(marks).any(0)
-    delta = replace(delta, certain=torch.maximum(delta.bound, direct.bound), lost=lost)
+    delta = replace(
+        delta,
+        certain=torch.maximum(delta.bound, direct.bound),
+        variance=torch.maximum(delta.spread, direct.spread),
+        lost=lost,
+    )
     if "lse" in cotangents:
         delta = a.sub(delta, a.exact(cotangents["lse"].unsqueeze(-1)))
     return delta
