@@ -18,10 +18,10 @@ import torch
 
 from attnproof.properties.contract import DTYPES
 from attnproof.properties.draw import Draw
-from attnproof.properties.signatures import COTANGENTS, SIGNATURES
+from attnproof.properties.signatures import COTANGENTS, FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import VIEWS, lay_out
 
-__all__ = ["OPTIONS", "SYMBOLS", "TENSORS", "Case", "CaseError", "Inputs", "make_inputs"]
+__all__ = ["OPTIONS", "SYMBOLS", "TENSORS", "Case", "CaseError", "Inputs", "case_states", "make_inputs"]
 
 SYMBOLS: dict[str, tuple[str, ...]] = {name: form.symbols for name, form in SIGNATURES.items()}
 """By family, the symbols of a case's shape, in the order of its text."""
@@ -32,9 +32,20 @@ TENSORS: dict[str, tuple[str, ...]] = {name: tuple(form.tensors) for name, form 
 OPTIONS: dict[str, tuple[str, ...]] = {name: form.options for name, form in SIGNATURES.items()}
 """By family, the options that a case may have, in the order of its text."""
 
-_FLAGS = ("causal", "sinks", "alibi_slopes", "beta", "return_lse")
+_FLAGS = (
+    "causal",
+    "sinks",
+    "alibi_slopes",
+    "beta",
+    "return_lse",
+    "normalize",
+    "initial_state",
+    "return_state",
+)
 # Options of a case that are no keyword of the call.
-_APART = ("causal_alignment", "cotangents")
+_APART = ("causal_alignment", "cotangents", "gate")
+# Options that are "off" where they are given, and then False in the call.
+_SWITCHED_OFF = ("variance",)
 _EPS = 2.0**-10
 _BIAS = re.compile("[b1][h1][m1][n1]")
 
@@ -57,9 +68,12 @@ class Case:
             ``softcap`` > 0, ``bias`` the pattern by which it broadcasts such as "bhmn" or "b11n" (of sigmoid
             a float), ``sinks``, ``alibi_slopes``, ``beta`` True, ``cu_seqlens`` the lengths of packed
             sequences, ``return_lse`` True, ``normalizer`` > 0, ``power`` 2, ``variance`` "off", ``pool`` a
-            window for each head, ``band`` ≥ 0, ``cotangents`` the kind of those that gradients are asked for
-            (one of :data:`attnproof.properties.signatures.COTANGENTS`). Options that are False or None are
-            left out.
+            window for each head, ``band`` ≥ 0, ``feature_map`` one of
+            :data:`attnproof.properties.signatures.FEATURE_MAPS`, ``normalize`` True, ``causal`` of linear
+            attention "off", ``gate`` the shape of g, "head" (B, H, N) or "channel" (B, H, N, D),
+            ``initial_state`` and ``return_state`` True, ``cotangents`` the kind of those that gradients are
+            asked for (one of :data:`attnproof.properties.signatures.COTANGENTS`). Options that are False or
+            None are left out.
         view: a memory layout of :data:`attnproof.properties.views.VIEWS`.
         seed: ≥ 0.
 
@@ -102,6 +116,29 @@ class Case:
     def option(self, name: str, default: Any = None) -> Any:
         """The plain value of an option, or ``default``."""
         return dict(self.options).get(name, default)
+
+    @property
+    def all_sizes(self) -> dict[str, int]:
+        """Symbol to size, with those that follow from options: F of features, S of sequences."""
+        lengths = self.option("cu_seqlens")
+        found = (
+            {**self.sizes, "S": self["B"] if lengths is None else len(lengths)} if "B" in self.sizes else {}
+        )
+        if "D" in self.sizes:
+            width = self["D"]
+            features = {"taylor": 1 + width + width * width, "squared": width * width}
+            found["F"] = features.get(self.option("feature_map"), width)
+        return {**self.sizes, **found}
+
+    def axes_of(self, name: str) -> tuple[str, ...] | None:
+        """The axes of a positional tensor; None for one that the case does not hand over."""
+        form = SIGNATURES[self.family]
+        gate = self.option("gate")
+        if name in form.optional and gate is None:
+            return None
+        if name == "g" and gate is not None:
+            return ("B", "H", "N", "D") if gate == "channel" else ("B", "H", "N")
+        return form.tensors[name]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -192,7 +229,10 @@ def make_inputs(case: Case) -> Inputs:
     )
     values = regime.build(draw)
     tensors = {}
-    for name, axes in form.tensors.items():
+    for name in form.tensors:
+        axes = case.axes_of(name)
+        if axes is None:
+            continue
         shape = form.shape(axes, case.sizes)
         if name in form.parameters and name not in values:
             centre, deviation = form.parameters[name]
@@ -212,8 +252,13 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
         keywords["eps"] = float(values.get("eps", _EPS))
     if "pool" in required:
         keywords["pool"] = (1,) * case["H"]
+    if "feature_map" in required:
+        keywords["feature_map"] = case.option("feature_map", FEATURE_MAPS[0])
+        keywords["normalize"] = bool(case.option("normalize"))
     for name, value in case.options:
-        if name in ("sinks", "beta") or (name == "bias" and isinstance(value, str)):
+        if name == "initial_state":
+            keywords[name] = _initial_states(case, draw, values)
+        elif name in ("sinks", "beta") or (name == "bias" and isinstance(value, str)):
             keywords[name] = _parameter(name, case, draw, values)
         elif name == "alibi_slopes":
             # 2^(−8h/H) for head h = 1 … H (Press et al. 2022).
@@ -221,7 +266,7 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
             keywords[name] = torch.from_numpy(np.exp2(powers)).to(torch.float32)
         elif name == "cu_seqlens":
             keywords[name] = torch.tensor([0, *np.cumsum(value)], dtype=torch.int32)
-        elif name == "variance":
+        elif value == "off":
             keywords[name] = False
         elif name not in _APART:
             keywords[name] = value
@@ -240,6 +285,27 @@ def _parameter(name: str, case: Case, draw: Draw, values: dict[str, Any]) -> tor
     return lay_out(_stored(np.broadcast_to(drawn, shape), case.torch_dtype), case.view, name)
 
 
+def _initial_states(case: Case, draw: Draw, values: dict[str, Any]) -> Any:
+    """The state handed to the call, float32 unless the inputs are float64; a tuple of two where it is."""
+    wide = torch.float64 if case.dtype == "float64" else torch.float32
+    made = []
+    for name, axes in case_states(case).items():
+        shape = SIGNATURES[case.family].shape(axes, case.all_sizes)
+        drawn = draw.normal(f"initial {name}", *shape)
+        # A normaliser is a sum of features, and those of the usual maps are positive.
+        drawn = np.abs(drawn) + 1.0 if name == "z" else drawn
+        full = np.broadcast_to(values.get(f"initial_{name}", drawn), shape)
+        made.append(lay_out(_stored(full, wide), case.view, f"initial_{name}"))
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def case_states(case: Case) -> dict[str, tuple[str, ...]]:
+    """The states of a call with their axes: linear attention has a second one only with a normaliser."""
+    states = SIGNATURES[case.family].states
+    plain = case.family == "linear" and not case.option("normalize")
+    return {name: axes for name, axes in states.items() if not (plain and name == "z")}
+
+
 def _cotangents(case: Case, draw: Draw, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A cotangent for each output, of the kind that the case names."""
     kind = case.option("cotangents")
@@ -248,11 +314,12 @@ def _cotangents(case: Case, draw: Draw, tensors: Mapping[str, torch.Tensor]) -> 
     form = SIGNATURES[case.family]
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     made = {}
-    for name, axes in form.outputs.items():
+    states = case_states(case) if case.option("return_state") and case.family != "mlstm" else {}
+    for name, axes in {**form.outputs, **states}.items():
         if name == "lse" and not case.option("return_lse"):
             continue
-        shape = form.shape(axes, case.sizes)
-        dtype = wide if name == "lse" else case.torch_dtype
+        shape = form.shape(axes, case.all_sizes)
+        dtype = wide if name == "lse" or name in states else case.torch_dtype
         if kind == "ones":
             made[name] = torch.ones((), dtype=dtype).expand(shape)
             continue
@@ -286,6 +353,10 @@ def _canonical_shape(
     for symbol, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise CaseError(f"shape {symbol}={size!r}: expected an integer ≥ 0")
+    if SIGNATURES[family].stateful:
+        low = [symbol for symbol in ("H", "D", "E") if sizes[symbol] == 0]
+        if low:
+            raise CaseError(f"shape {sizes}: H, D and E are positive; N, B may be 0")
     if "G" in sizes:
         low = [symbol for symbol in ("H", "G", "D", "E") if sizes[symbol] == 0]
         if low or sizes["H"] % sizes["G"]:
@@ -315,13 +386,19 @@ def _checked_option(family: str, name: str, value: Any, sizes: Mapping[str, int]
     expected = ""
     if isinstance(value, list):
         value = tuple(value)
-    if name in _FLAGS:
+    if name == "causal" and SIGNATURES[family].stateful:
+        expected = "" if value == "off" else "'off' (or to be left out: it is causal)"
+    elif name in _FLAGS:
         expected = "" if value is True else "True"
+    elif name == "feature_map":
+        expected = "" if value in FEATURE_MAPS else f"one of {', '.join(FEATURE_MAPS)}"
+    elif name == "gate":
+        expected = "" if value in ("head", "channel") else "'head' or 'channel'"
     elif name == "causal_alignment":
         expected = "" if value in ("top-left", "bottom-right") else "'top-left' or 'bottom-right'"
     elif name == "cotangents":
         expected = "" if value in COTANGENTS else f"one of {', '.join(COTANGENTS)}"
-    elif name == "variance":
+    elif name in _SWITCHED_OFF:
         expected = "" if value == "off" else "'off'"
     elif name == "power":
         expected = "" if value == 2 else "2"
@@ -345,7 +422,7 @@ def _checked_option(family: str, name: str, value: Any, sizes: Mapping[str, int]
         expected = "" if good else "(left, right), each an integer ≥ 0 or None"
     elif name == "cu_seqlens":
         good = isinstance(value, tuple) and value != () and all(_is_size(x) for x in value)
-        fits = good and sizes["B"] == 1 and sizes["M"] == sizes["N"] == sum(value)
+        fits = good and sizes["B"] == 1 and sizes.get("M", sizes["N"]) == sizes["N"] == sum(value)
         expected = "" if fits else f"lengths that add up to M = N, with B = 1 (the shape is {dict(sizes)})"
     if expected:
         raise CaseError(f"option {name}={value!r}: expected {expected}")
@@ -357,7 +434,7 @@ def _is_size(value: object) -> bool:
 
 
 def _option_text(name: str, value: Any) -> str:
-    if name in _FLAGS:
+    if name in _FLAGS and value is True:
         return name
     if name == "window":
         left, right = ("" if side is None else str(side) for side in value)
@@ -385,6 +462,6 @@ def _parse_option(item: str) -> tuple[str, Any]:
         raise CaseError(
             f"option {item!r}: cannot read its value; write it as in 'window=3..', 'softcap=30.0'"
         ) from None
-    if not equals or name in _FLAGS:
+    if not equals or (name in _FLAGS and item != "causal=off"):
         raise CaseError(f"option {item!r}: expected a flag ({', '.join(_FLAGS)}) or NAME=VALUE")
     return name, text

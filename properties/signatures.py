@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["COTANGENTS", "SIGNATURES", "Signature"]
+__all__ = ["COTANGENTS", "FEATURE_MAPS", "SIGNATURES", "Signature"]
 
 COTANGENTS = ("normal", "ones", "one-hot", "aligned")
 """Kinds of cotangents: N(0, 1); all ones, as one expanded number; one entry of each third row; along the mean
 of V, so that dP and δ nearly cancel."""
+
+FEATURE_MAPS = ("elu1", "relu", "exp", "identity", "taylor", "squared")
+"""Feature maps of linear attention; the last two make features of pairs of columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class Signature:
         options: the options that a case may have, in the order of its text.
         required: keywords that every call is given.
         parameters: tensors that a regime need not make; drawn as centre + deviation · N(0, 1).
+        states: what a call hands to the next one: final states come as further outputs with the option
+            ``return_state``. "F" is the width of the features, "S" the number of sequences.
+        optional: tensors that are handed over only where the case has the option "gate".
     """
 
     symbols: tuple[str, ...]
@@ -34,11 +40,18 @@ class Signature:
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     parameters: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    states: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
 
     @property
     def attention(self) -> bool:
-        """Whether queries meet keys."""
-        return "q" in self.tensors
+        """Whether queries of one length meet keys of another."""
+        return "q" in self.tensors and "M" in self.symbols
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the family carries a state along the sequence."""
+        return bool(self.states)
 
     @property
     def axes(self) -> int:
@@ -54,6 +67,11 @@ _ATTENTION = ("B", "H", "G", "M", "N", "D", "E")
 _QKV = {"q": ("B", "H", "M", "D"), "k": ("B", "G", "N", "D"), "v": ("B", "G", "N", "E")}
 _HALVES = {**_QKV, "q": ("B", "H", "M", "2D"), "k": ("B", "G", "N", "2D")}
 _O = {"o": ("B", "H", "M", "E")}
+
+_SEQUENCE = ("B", "H", "N", "D", "E")
+_EQUAL_QKV = {"q": ("B", "H", "N", "D"), "k": ("B", "H", "N", "D"), "v": ("B", "H", "N", "E")}
+_STATE = {"state": ("S", "H", "D", "E")}
+_CARRYING = ("initial_state", "cu_seqlens", "return_state", "cotangents")
 
 SIGNATURES: dict[str, Signature] = {
     "logsumexp": Signature(("R", "N"), {"x": ("R", "N")}),
@@ -101,5 +119,50 @@ SIGNATURES: dict[str, Signature] = {
         {"alpha": ("H", "N", "N"), "v": ("B", "H", "N", "E")},
         {"o": ("B", "H", "N", "E")},
         ("band", "cotangents"),
+    ),
+    "linear": Signature(
+        _SEQUENCE,
+        _EQUAL_QKV,
+        {"o": ("B", "H", "N", "E")},
+        ("feature_map", "normalize", "causal", *_CARRYING),
+        ("feature_map", "normalize"),
+        states={"state": ("S", "H", "F", "E"), "z": ("S", "H", "F")},
+    ),
+    "gated_linear": Signature(
+        _SEQUENCE,
+        {**_EQUAL_QKV, "g": ("B", "H", "N", "D")},
+        {"o": ("B", "H", "N", "E")},
+        ("gate", *_CARRYING),
+        ("scale",),
+        states=_STATE,
+    ),
+    "retention": Signature(
+        _SEQUENCE, _EQUAL_QKV, {"o": ("B", "H", "N", "E")}, _CARRYING, ("scale",), states=_STATE
+    ),
+    "rwkv6": Signature(
+        _SEQUENCE,
+        {**_EQUAL_QKV, "g": ("B", "H", "N", "D"), "u": ("H", "D")},
+        {"o": ("B", "H", "N", "E")},
+        _CARRYING,
+        ("scale",),
+        {"u": (0.0, 1.0)},
+        states=_STATE,
+    ),
+    "mlstm": Signature(
+        _SEQUENCE,
+        {**_EQUAL_QKV, "i": ("B", "H", "N"), "f": ("B", "H", "N")},
+        {"o": ("B", "H", "N", "E")},
+        ("return_state", "cotangents"),
+        ("scale",),
+        states={"state": ("S", "H", "D", "E"), "n": ("S", "H", "D"), "m": ("S", "H")},
+    ),
+    "delta": Signature(
+        _SEQUENCE,
+        {**_EQUAL_QKV, "beta": ("B", "H", "N"), "g": ("B", "H", "N")},
+        {"o": ("B", "H", "N", "E")},
+        ("gate", *_CARRYING),
+        ("scale",),
+        states=_STATE,
+        optional=("g",),
     ),
 }

@@ -16,8 +16,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from attnproof.properties.case import OPTIONS, SYMBOLS, Case, CaseError
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES, SIZES
-from attnproof.properties.regimes.planning import GROUPS, WIDTHS
-from attnproof.properties.signatures import COTANGENTS, SIGNATURES
+from attnproof.properties.regimes.planning import GROUPS, PAIRED_FEATURES, WIDTHS
+from attnproof.properties.signatures import COTANGENTS, FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import VIEWS, unit_last_stride
 
 __all__ = ["cases"]
@@ -94,6 +94,8 @@ def _case(
         sizes = _attention_sizes(draw, values, supports, most)
     elif family == "easy":
         sizes = _easy_sizes(draw, supports, most)
+    elif form.stateful:
+        sizes = _state_sizes(draw, values, supports, most)
     else:
         sizes = _row_sizes(draw, supports, most)
     _fill_in(draw, family, values, sizes)
@@ -112,9 +114,17 @@ def _fill_in(draw: DrawFn, family: str, values: dict[str, Any], sizes: dict[str,
         "variance": st.just("off"),
         "band": st.integers(0, max(1, sizes["N"])),
     }
+    form = SIGNATURES[family]
+    if form.stateful:
+        choices |= {"causal": st.just("off"), "gate": st.sampled_from(("head", "channel"))}
+    if "feature_map" in form.required:
+        maps = (
+            FEATURE_MAPS if sizes["D"] <= 16 else tuple(m for m in FEATURE_MAPS if m not in PAIRED_FEATURES)
+        )
+        values |= {"feature_map": draw(st.sampled_from(maps)), "normalize": draw(st.booleans())}
     if family == "sigmoid":
         choices["bias"] = st.sampled_from((0.0, -2.5, 1.0))
-    if "pool" in SIGNATURES[family].required:
+    if "pool" in form.required:
         heads = sizes["H"]
         windows = st.lists(st.sampled_from((1, 2, 3, 4, 7)), min_size=heads, max_size=heads)
         values["pool"] = tuple(draw(windows))
@@ -126,6 +136,23 @@ def _easy_sizes(draw: DrawFn, supports: Supports, most: int) -> dict[str, int]:
     least = int(supports.nonempty)
     sizes = {"B": draw(st.integers(least, 2)), "H": draw(st.integers(1, 3))}
     return {**sizes, "N": draw(_lengths(supports, most)), "E": draw(_widths(supports))}
+
+
+def _state_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, most: int) -> dict[str, int]:
+    least = int(supports.nonempty)
+    length = draw(_lengths(supports, most))
+    sizes = {"B": draw(st.integers(least, 2)), "H": draw(st.integers(1, 3)), "N": length}
+    if "cu_seqlens" in values:
+        values["cu_seqlens"], sizes["B"] = draw(_packed(length)), 1
+    # A state has D·E entries.
+    narrow = st.sampled_from((1, 3, 5, 16, 32)) if supports.head_dims is None else _widths(supports)
+    return {**sizes, "D": draw(narrow), "E": draw(narrow)}
+
+
+def _packed(length: int) -> SearchStrategy[tuple[int, ...]]:
+    """Lengths that a packed length is cut into; two cuts at one place make a sequence of length zero."""
+    cuts = st.lists(st.integers(0, length), max_size=12).map(lambda x: [0, *sorted(x), length])
+    return cuts.map(lambda x: tuple(b - a for a, b in itertools.pairwise(x)))
 
 
 def _row_sizes(draw: DrawFn, supports: Supports, most: int) -> dict[str, int]:
@@ -142,9 +169,7 @@ def _attention_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, m
     length = draw(_lengths(supports, most))
     batch, rows = draw(st.integers(least, 2)), length
     if "cu_seqlens" in values:
-        # Cuts of the packed length; two at one place make a sequence of length zero.
-        cuts = [0, *sorted(draw(st.lists(st.integers(0, length), max_size=12))), length]
-        values["cu_seqlens"] = tuple(b - a for a, b in itertools.pairwise(cuts))
+        values["cu_seqlens"] = draw(_packed(length))
         batch = 1
     elif draw(st.booleans()):
         rows = draw(_lengths(Supports(nonempty=supports.nonempty), most))

@@ -2,7 +2,8 @@
 
 ``python -m attnproof.gradient_alarms`` (nox session ``gradients``) judges ``--cases`` cases for each family,
 half of them on autograd with float32 internals and one rounding at the boundary, half on the same with P, dP,
-dS and computed operands in the inputs' dtype. Every case has cotangents and is small, so that many fit into
+dS and computed operands in the inputs' dtype (with a state: by a recurrence, and by chunks with operands in
+the inputs' dtype). Every case has cotangents and is small, so that many fit into
 an hour; rows of hundreds of keys are in the calibration. ``--write`` stores the finding that reports show.
 """
 
@@ -16,10 +17,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 
+from attnproof import healthy_gradients, healthy_states
 from attnproof.campaign import Campaign
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Contract, contract_of
@@ -44,7 +47,7 @@ def gradient_cases(contract: Contract, seed: int, most_work: int = _MOST_WORK) -
     stream = plan(
         contract.family,
         dtypes=contract.dtypes,
-        options=(*contract.options, "cotangents"),
+        options=(*contract.options, "gate", "cotangents"),
         supports=contract.supports,
         causal_alignment=contract.causal_alignment,
         budget=150,
@@ -61,11 +64,15 @@ def gradient_cases(contract: Contract, seed: int, most_work: int = _MOST_WORK) -
 
 
 def subjects(family: str) -> list[Subject]:
-    """The two implementations of a family."""
+    """The implementations of a family: two, of mLSTM one."""
     name = "attention" if family == "softmax" else family
+    stateful = SIGNATURES[family].stateful
+    module: ModuleType = healthy_states if stateful else healthy_gradients
     found = []
-    for kind in ("autograd", "stored"):
-        target = f"attnproof.healthy_gradients:{kind}_{name}"
+    for kind in ("recurrent", "chunked") if stateful else ("autograd", "stored"):
+        if not hasattr(module, f"{kind}_{name}"):
+            continue
+        target = f"{module.__name__}:{kind}_{name}"
         contract = contract_of(resolve(target))
         assert contract is not None
         found.append(Subject(f"{kind}_{name}", Importable(target), contract, "cpu", gradients=True))
@@ -92,9 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _counted(family: str, chosen: argparse.Namespace) -> Counter[str]:
     """How the cases of a family ended, by verdict and in all."""
-    each = math.ceil(chosen.cases / 2)
+    found = subjects(family)
+    each = math.ceil(chosen.cases / len(found))
     planned = []
-    for number, subject in enumerate(subjects(family)):
+    for number, subject in enumerate(found):
         stream = gradient_cases(subject.contract, chosen.seed + number)
         planned.append((subject, list(itertools.islice(stream, each))))
     counts: Counter[str] = Counter()

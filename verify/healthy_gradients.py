@@ -52,7 +52,7 @@ class _Stored(torch.autograd.Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class Storage:
     """Where an implementation rounds to the inputs' dtype; nowhere if ``on`` is false."""
 
     dtype: torch.dtype
@@ -135,7 +135,7 @@ def _attention(
     return_lse: bool = False,
     stored: bool = False,
 ) -> Result:
-    storage = _Storage(q.dtype, stored)
+    storage = Storage(q.dtype, stored)
     m, n, heads = q.shape[2], k.shape[2], q.shape[1]
     s = (
         storage.operand(q.float() * scale) @ _heads(k, heads).mT
@@ -234,14 +234,14 @@ _SIGMOID = Contract(
 )
 
 
-def _pointwise_scores(q: torch.Tensor, k: torch.Tensor, scale: float, storage: _Storage) -> torch.Tensor:
+def _pointwise_scores(q: torch.Tensor, k: torch.Tensor, scale: float, storage: Storage) -> torch.Tensor:
     if storage.on:
         return storage.scores(storage.operand(q.float() * scale) @ _heads(k, q.shape[1]).mT)
     return (q.float() @ _heads(k, q.shape[1]).mT) * scale
 
 
 def _mixed(
-    weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, storage: _Storage
+    weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, storage: Storage
 ) -> torch.Tensor:
     """Σ over the keys seen of weight times value, float32."""
     weights = weights.masked_fill(~_seen(q.shape[2], k.shape[2], causal), 0.0)
@@ -257,7 +257,7 @@ def _sigmoid(
     causal: bool,
     stored: bool,
 ) -> torch.Tensor:
-    storage = _Storage(q.dtype, stored)
+    storage = Storage(q.dtype, stored)
     shift = -math.log(max(k.shape[2], 1)) if bias is None else bias
     weights = torch.sigmoid(_pointwise_scores(q, k, scale, storage) + shift)
     return _mixed(weights, q, k, v, causal, storage).to(q.dtype)
@@ -305,7 +305,7 @@ def _relu(
     power: int = 1,
     stored: bool = False,
 ) -> torch.Tensor:
-    storage = _Storage(q.dtype, stored)
+    storage = Storage(q.dtype, stored)
     weights = torch.relu(_pointwise_scores(q, k, scale, storage))
     weights = weights * weights if power == 2 else weights
     return (_mixed(weights, q, k, v, causal, storage) / (normalizer or 1.0)).to(q.dtype)
@@ -337,7 +337,7 @@ def _batch_normalised(
     variance: bool = True,
     stored: bool = False,
 ) -> torch.Tensor:
-    storage, heads, n = _Storage(q.dtype, stored), q.shape[1], max(k.shape[2], 1)
+    storage, heads, n = Storage(q.dtype, stored), q.shape[1], max(k.shape[2], 1)
     keys = _heads(k, heads)
     mean = keys.sum(2, keepdim=True) / n
     # Two passes: E[x²] − E[x]² would cancel.
@@ -372,7 +372,7 @@ _POOLED = Contract(family="scaled_head", unseen_nonfinite="may-leak")
 def _scaled_head(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, pool: tuple[int, ...], stored: bool
 ) -> torch.Tensor:
-    storage, heads, n = _Storage(q.dtype, stored), q.shape[1], k.shape[2]
+    storage, heads, n = Storage(q.dtype, stored), q.shape[1], k.shape[2]
     keys, values = _heads(k, heads), _heads(v, heads)
     outputs = []
     for head, window in enumerate(pool):
@@ -415,7 +415,7 @@ def _differential(
     causal: bool,
     stored: bool,
 ) -> torch.Tensor:
-    storage, width, heads = _Storage(q.dtype, stored), q.shape[3] // 2, q.shape[1]
+    storage, width, heads = Storage(q.dtype, stored), q.shape[3] // 2, q.shape[1]
     keys, values, parts = _heads(k, heads), _heads(v, heads), []
     hidden = ~_seen(q.shape[2], k.shape[2], causal)
     for half in (slice(0, width), slice(width, 2 * width)):

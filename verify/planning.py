@@ -16,11 +16,15 @@ from attnproof.outcomes import CallRequest, Raised, Returned
 from attnproof.properties.case import Case
 from attnproof.properties.claims import (
     batch_normalised,
+    delta,
     easy,
+    gated_linear,
+    linear,
     scaled_head,
     sigmoid,
     sigmoid_rows,
     sigmoid_tanh,
+    state_errors,
     worked_example,
 )
 from attnproof.properties.contract import ContractError
@@ -44,7 +48,10 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
 }
 _STORED = ("calibration", "gradient_alarms", "detection")
-_CLAIMS = (worked_example, sigmoid, sigmoid_rows, batch_normalised, scaled_head, easy)
+_CLAIMS = (
+    *(worked_example, sigmoid, sigmoid_rows, batch_normalised, scaled_head, easy),
+    *(linear, gated_linear, delta, state_errors),
+)
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 # Cases at which each invariant is put to a kernel.

@@ -28,6 +28,7 @@ from attnproof.outcomes import (
 from attnproof.predictions import PREDICTIONS
 from attnproof.properties.case import Case, Inputs
 from attnproof.properties.contract import Contract
+from attnproof.properties.families.base import Family
 from attnproof.properties.regimes import REGIMES
 from attnproof.properties.signatures import SIGNATURES
 from attnproof.reports.record import CaseJudged, CaseRecord, Failure
@@ -40,7 +41,14 @@ Caller = Callable[[CallRequest], Outcome]
 # Every third case is called twice on the same tensors, to see whether a kernel that promises the same bits
 # gives them.
 _REPEATED = 3
-_DEFAULTS: Mapping[str, Any] = {"causal": False, "return_lse": False, "variance": True, "power": 1}
+_DEFAULTS: Mapping[str, Any] = {
+    "causal": False,
+    "return_lse": False,
+    "return_state": False,
+    "variance": True,
+    "power": 1,
+}
+_UNDIFFERENTIABLE = "declare differentiable=false if that is intended"
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,12 @@ class Subject:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options that cases for it may have: those of its contract, and cotangents."""
-        asked = self.differentiable and "cotangents" in SIGNATURES[self.contract.family].options
-        return (*self.contract.options, "cotangents") if asked else self.contract.options
+        """The options that cases for it may have: those of its contract, and those that are no keyword."""
+        known = SIGNATURES[self.contract.family].options
+        apart = [name for name in ("gate", "cotangents") if name in known]
+        if not self.differentiable and "cotangents" in apart:
+            apart.remove("cotangents")
+        return (*self.contract.options, *apart)
 
     @property
     def example(self) -> bool:
@@ -180,12 +191,16 @@ def request_for(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequ
     Keywords with a default only where the kernel lists them.
     """
     contract, family = subject.contract, trial.family
-    arguments = [_in_layout(subject, trial, name, x) for name, x in trial.inputs.tensors.items()]
+    tensors = trial.inputs.tensors
+    # A positional tensor that the case leaves out is handed over as None.
+    arguments = [
+        _in_layout(subject, trial, name, tensors[name]) if name in tensors else None for name in family.inputs
+    ]
     given = trial.inputs.options
     keywords = {key: given[key] for key in family.required}
     for key in family.options:
         if key in contract.options:
-            keywords[key] = given.get(key, _DEFAULTS.get(key))
+            keywords[key] = given.get(key, _default(family, key))
     repeat = (trial.case.seed + len(trial.case.id)) % _REPEATED == 0 if repeat is None else repeat
     cotangents: tuple[torch.Tensor | None, ...] = ()
     if subject.differentiable and trial.problem.differentiated and trial.inputs.cotangents:
@@ -197,7 +212,9 @@ def request_for(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequ
     return CallRequest(
         kernel=subject.source,
         device=subject.device,
-        differentiate=trial.problem.differentiated if cotangents else (),
+        differentiate=tuple(_argument_name(trial, name) for name in trial.problem.differentiated)
+        if cotangents
+        else (),
         cotangents=cotangents,
         arguments=tuple(arguments),
         keywords=keywords,
@@ -205,6 +222,19 @@ def request_for(subject: Subject, trial: Trial, repeat: bool | None) -> CallRequ
         repeats=2 if repeat and contract.deterministic else 1,
         poison_outputs=True,
     )
+
+
+def _default(family: Family, key: str) -> Any:
+    """What a keyword is that the case leaves out: families with a state are causal unless told otherwise."""
+    return True if key == "causal" and SIGNATURES[family.name].stateful else _DEFAULTS.get(key)
+
+
+def _argument_name(trial: Trial, name: str) -> str:
+    """A differentiated input as workers name it: initial states may come as a tuple."""
+    states = trial.inputs.options.get("initial_state")
+    if not isinstance(states, tuple) or not name.startswith("initial_"):
+        return name
+    return f"initial_state[{int(name != 'initial_state')}]"
 
 
 def _in_layout(subject: Subject, trial: Trial, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -240,9 +270,21 @@ def _judge_outcome(
     outputs, complaint = _outputs(subject, trial, outcome)
     if complaint:
         return Judgement("FAIL", (*failures, Failure("shape", complaint, detail=tail))), {}, trial
-    gradients, notice, broken = _gradients(subject, trial, outcome)
+    gradients, notice, missing = _gradients(subject, trial, outcome)
+    broken = None
     if gradients:
-        trial, outputs = trial.with_gradients(), {**outputs, **gradients}
+        trial = trial.with_gradients()
+        # Where nothing depends on an input, its gradient is 0, which autograd may leave out.
+        needed = [name for name in missing if not _is_zero(trial, f"d{name}")]
+        if needed:
+            words = f"no gradient reaches {', '.join(needed)}"
+            broken = Failure("gradient", f"{words}; the contract asks for one of each floating tensor")
+            if trial.gradients is not None:
+                gradients = {name: x for name, x in gradients.items() if name[1:] not in missing}
+        outputs = {**outputs, **gradients}
+    elif missing:
+        broken = Failure("gradient", f"{notice}, and gradients were asked for: {_UNDIFFERENTIABLE}")
+        notice = ""
     for alias in outcome.aliases:
         if alias.shares == "memory" and outcome.outputs[alias.output].tensor.numel():
             failures.append(Failure("aliasing", f"output {alias.output} lies in memory of {alias.other}"))
@@ -265,30 +307,34 @@ def _judge_outcome(
 
 def _gradients(
     subject: Subject, trial: Trial, outcome: Returned
-) -> tuple[dict[str, torch.Tensor], str, Failure | None]:
-    """Gradients as outputs "d" + name in layout bhnd, a notice where there are none, and what is wrong."""
+) -> tuple[dict[str, torch.Tensor], str, list[str]]:
+    """Gradients as outputs "d" + name in layout bhnd, 0 for inputs that none reaches, which are named last.
+
+    Without any gradient a notice tells why, and names are given only if gradients were asked for.
+    """
     found = outcome.gradients
     if found is None:
-        return {}, "", None
-    missing = [name for name, gradient in found.items() if gradient is None]
+        return {}, "", []
+    named = dict(zip(trial.problem.differentiated, found.values(), strict=True))
+    missing = [name for name, gradient in named.items() if gradient is None]
     if len(missing) == len(found):
-        notice = "no output of the kernel requires a gradient"
-        if subject.gradients:
-            words = (
-                f"{notice}, and gradients were asked for: declare differentiable=false if that is intended"
-            )
-            return {}, "", Failure("gradient", words)
-        return {}, notice, None
-    if missing:
-        words = f"no gradient reaches {', '.join(missing)}; the contract asks for one of each floating tensor"
-        return {}, "", Failure("gradient", words)
+        return {}, "no output of the kernel requires a gradient", missing if subject.gradients else []
     gradients = {}
-    for name, gradient in found.items():
-        assert gradient is not None
+    for name, gradient in named.items():
+        if gradient is None:
+            shape, dtype = trial.problem.input_shape(name), trial.problem.input_dtype(name)
+            gradients[f"d{name}"] = torch.zeros(shape, dtype=dtype)
+            continue
         if subject.contract.layout == "bnhd" and name in trial.family.sequence:
             gradient = gradient.transpose(1, 2)
         gradients[f"d{name}"] = gradient
-    return gradients, "", None
+    return gradients, "", missing
+
+
+def _is_zero(trial: Trial, name: str) -> bool:
+    """Whether 0 is within the certain budget of every element of a gradient."""
+    exact, budget = trial.reference.outputs[name], trial.budgets[name]
+    return bool((budget.open | (exact.value.abs() <= budget.certain)).all())
 
 
 def _ended_badly(

@@ -1,5 +1,5 @@
-"""The process that runs one kernel: ``python -m attnproof.worker_main``, started by :mod:`attnproof.workers`
-alone.
+"""The process that runs one kernel: ``python -m attnproof.worker_main``, or a fork of
+:mod:`attnproof.nursery_main` that has become the same; started by :mod:`attnproof.nursery` alone.
 
 It talks over pipes of its own, moved to high descriptors and closed on exec; its stdin is empty, its stdout
 and stderr belong to the kernel and are read by the judge. It ends when its command pipe closes, and the
@@ -43,10 +43,13 @@ from attnproof.protocol import (
 from attnproof.targets import resolve
 from attnproof.worker_call import device_context, perform, trouble_of
 
-__all__ = ["STACK_SIGNAL", "main"]
+__all__ = ["STACK_SIGNAL", "TOKEN", "main"]
 
 STACK_SIGNAL: Final = signal.SIGUSR2
 """The judge sends this before it kills a worker that hangs: the Python stacks then appear on its stderr."""
+
+TOKEN: Final = "ATTNPROOF_WORKER_TOKEN"
+"""The variable by which processes that a worker left behind are found."""
 
 _FIRST_DESCRIPTOR: Final = 700
 """Own descriptors start here if the limit on open files allows it, away from the numbers that loops close."""

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import psutil
 
 from attnproof.arena import POISON
+from attnproof.nursery import StartedWorker
 from attnproof.outcomes import CapturedOutput
 from attnproof.protocol import (
     FrameReader,
@@ -36,7 +37,7 @@ from attnproof.protocol import (
     ToWorker,
     encode_frame,
 )
-from attnproof.worker_main import STACK_SIGNAL
+from attnproof.worker_main import STACK_SIGNAL, TOKEN
 
 __all__ = [
     "ExceededMemoryError",
@@ -57,7 +58,6 @@ _F_ADD_SEALS: Final = 1033
 _F_SEAL_SHRINK: Final = 2
 _PIPE_BYTES: Final = 1 << 20
 _CHUNK: Final = 1 << 16
-_TOKEN: Final = "ATTNPROOF_WORKER_TOKEN"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +111,12 @@ def worker_environment(token: str) -> dict[str, str]:
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment["PYTHONHASHSEED"] = "0"
-    environment[_TOKEN] = token
+    environment[TOKEN] = token
     return environment
 
 
 class WorkerProcess:
-    """A fresh ``python -m attnproof.worker_main``; used by one thread at a time."""
+    """A process that has just begun :func:`attnproof.worker_main.main`; used by one thread at a time."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -136,21 +136,11 @@ class WorkerProcess:
             ):  # only a speed-up, refused where the user's pipe quota is used up
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         given = (command_read, reply_write, lifeline_read, self._memory)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-u", "-m", "attnproof.worker_main", *map(str, given)],
-            stdin=subprocess.DEVNULL,
-            stdout=print_write,
-            stderr=print_write,
-            env=worker_environment(self._token),
-            pass_fds=given,
-            start_new_session=True,
-        )
-        for descriptor in (command_read, reply_write, lifeline_read, print_write):
-            os.close(descriptor)
+        self._started = StartedWorker(given, print_write, worker_environment(self._token))
         for descriptor in (self._commands, self._replies, self._printed):
             os.set_blocking(descriptor, False)
         self._reader = FrameReader[FromWorker](FromWorker, limits.result + _CHUNK)  # type: ignore[arg-type]
-        self._monitor = psutil.Process(self._process.pid)
+        self._watched: psutil.Process | None = None
         self._baseline = 0
         self._tail = bytearray()
         self._size = 0
@@ -158,8 +148,14 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, also after its end."""
-        return self._process.pid
+        """The process id, also after its end; waits until the process exists."""
+        return self._started.process().pid
+
+    def _monitor(self) -> psutil.Process:
+        """The process, as psutil sees it; first asked for while the pid cannot be another process's."""
+        if self._watched is None:
+            self._watched = psutil.Process(self.pid)
+        return self._watched
 
     @property
     def printed(self) -> int:
@@ -187,7 +183,7 @@ class WorkerProcess:
     def mark_baseline(self) -> None:
         """Count memory from what is resident now."""
         with contextlib.suppress(psutil.Error):  # it died in the meantime, which the next exchange finds out
-            self._baseline = self._monitor.memory_info().rss
+            self._baseline = self._monitor().memory_info().rss
 
     def exchange(
         self, message: ToWorker | None, body: bytes, timeout: float, *, watch_memory: bool
@@ -200,6 +196,7 @@ class WorkerProcess:
             ExceededMemoryError: it holds more memory than its limit.
         """
         begin = time.monotonic()
+        self._monitor()
         deadline, next_look, looks = begin + timeout, begin + _TICK_S, 0
         unsent = memoryview(encode_frame(message, len(body)) + body if message is not None else b"")
         poller = select.poll()
@@ -261,15 +258,15 @@ class WorkerProcess:
         return True
 
     def _look(self, looks: int, watch_memory: bool) -> None:
-        if self._process.poll() is not None and not self._has_reply():
+        if self._started.process().poll() is not None and not self._has_reply():
             raise LostContactError("the worker ended")
         if not watch_memory:
             return
         resident = 0
         with contextlib.suppress(psutil.Error):  # it, or a child, just ended
-            resident = self._monitor.memory_info().rss
+            resident = self._monitor().memory_info().rss
             if looks % _FAMILY_EVERY == 0:
-                resident += sum(child.memory_info().rss for child in self._monitor.children(recursive=True))
+                resident += sum(child.memory_info().rss for child in self._monitor().children(recursive=True))
         if resident > self._baseline + self._limits.memory + self._written:
             raise ExceededMemoryError(resident)
 
@@ -297,24 +294,29 @@ class WorkerProcess:
                 return
 
     def wait_for_end(self) -> int | None:
-        """Exit status (negative: the signal) of a process that broke off; None if it still runs."""
+        """Exit status (negative: the signal) of a process that broke off; None if it still runs.
+
+        :data:`attnproof.nursery.UNKNOWN_STATUS` if the nursery that could tell it was killed.
+        """
         try:
-            return self._process.wait(_EXIT_GRACE_S)
+            return self._started.process().wait(_EXIT_GRACE_S)
         except subprocess.TimeoutExpired:
             return None
 
     def interrupt(self) -> None:
         """Kill the group and nothing else, for use from another thread than the one that waits."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError, PermissionError, ValueError):  # ended before it began
             os.killpg(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """End the worker, its group and all its descendants, and keep what it printed last."""
+        if self._started.withdraw():
+            return
         family: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
-            family = self._monitor.children(recursive=True)
+            family = self._monitor().children(recursive=True)
         self.interrupt()
-        self._process.wait()
+        self._started.process().wait()
         relatives = {*family, *self._orphans()}
         for relative in relatives:
             with contextlib.suppress(psutil.Error):
@@ -328,7 +330,7 @@ class WorkerProcess:
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.pid != self.pid and process.environ().get(_TOKEN) == self._token:
+                if process.pid != self.pid and process.environ().get(TOKEN) == self._token:
                     found.append(process)
         return found
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from attnproof import arena
 from attnproof.in_process import InProcess
+from attnproof.nursery import UNKNOWN_STATUS
 from attnproof.outcomes import (
     CallRequest,
     Crashed,
@@ -229,6 +230,8 @@ class Worker:
         circumstances = self._end(begin, packed)
         if status is None:
             reason = f"{reason}, while it was still running; the judge killed it"
+        elif status == UNKNOWN_STATUS:
+            reason = "the process ended; how is not known, as the one that had forked it was killed"
         elif status < 0:
             reason = "the process was killed by a signal"
         else:
@@ -239,7 +242,7 @@ class Worker:
             return OutOfMemory(
                 limit=self._limits.memory, resident=None, phase=phase, message=words, **circumstances.fields()
             )
-        code = status if signal is None else None
+        code = status if signal is None and status != UNKNOWN_STATUS else None
         return Crashed(signal=signal, exit_code=code, phase=phase, reason=reason, **circumstances.fields())
 
     def interrupt(self) -> None:

@@ -11,7 +11,7 @@ from attnproof.properties.budgets.propagation import Estimate, Propagation
 from attnproof.properties.budgets.rounding import LARGEST, Roundings
 from attnproof.properties.contract import Contract
 
-__all__ = ["stored_budget", "with_edges"]
+__all__ = ["stored_budget", "with_edges", "with_leaks"]
 
 # Slack for the float64 evaluation of the budget itself.
 _SLACK = 1.0 + 1e-6
@@ -78,4 +78,21 @@ def with_edges(
         open=budget.open | leaking | undefined,
         literal={} if asked == "undefined" else {ASKED[asked]: empty & ~leaking},
         reasons={reason: count for reason, count in reasons.items() if count},
+    )
+
+
+def with_leaks(budget: Budget, contract: Contract, tainted: torch.Tensor) -> Budget:
+    """The budget of an output, open where 0·NaN may leak and the contract declares it.
+
+    Args:
+        tainted: bool, the output's shape: elements whose sequence and head hold a non-finite key or value.
+    """
+    if contract.unseen_nonfinite != "may-leak":
+        return budget
+    leaking = tainted & ~budget.open
+    reasons = {"an unseen key is non-finite and the kernel declares that it may leak": int(leaking.sum())}
+    return replace(
+        budget,
+        open=budget.open | leaking,
+        reasons={**budget.reasons, **{reason: count for reason, count in reasons.items() if count}},
     )

@@ -8,10 +8,16 @@ from __future__ import annotations
 from attnproof.properties.contract import ContractError
 from attnproof.properties.families.base import Budget, Family, Problem, Reference
 from attnproof.properties.families.batch_normalised import BATCH_NORMALISED
+from attnproof.properties.families.delta import DELTA
 from attnproof.properties.families.differential import DIFFERENTIAL
 from attnproof.properties.families.easy import EASY
+from attnproof.properties.families.gated_linear import GATED_LINEAR
+from attnproof.properties.families.linear import LINEAR
 from attnproof.properties.families.logsumexp import LOGSUMEXP
+from attnproof.properties.families.mlstm import MLSTM
 from attnproof.properties.families.relu import RELU
+from attnproof.properties.families.retention import RETENTION
+from attnproof.properties.families.rwkv6 import RWKV6
 from attnproof.properties.families.scaled_head import SCALED_HEAD
 from attnproof.properties.families.sigmoid import SIGMOID
 from attnproof.properties.families.softmax import SOFTMAX
@@ -31,6 +37,12 @@ FAMILIES: dict[str, Family] = {
         SCALED_HEAD,
         DIFFERENTIAL,
         EASY,
+        LINEAR,
+        GATED_LINEAR,
+        RETENTION,
+        RWKV6,
+        MLSTM,
+        DELTA,
     )
 }
 

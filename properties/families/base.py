@@ -56,6 +56,10 @@ class Problem(ABC):
         """The shape of a differentiated input, as it was given."""
         raise NotImplementedError(name)
 
+    def input_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a differentiated input, in which its gradient is stored; that of the call."""
+        return self.dtype
+
     def differentiate(
         self, arithmetic: Arithmetic[V], cotangents: Mapping[str, torch.Tensor]
     ) -> dict[str, V]:

@@ -104,9 +104,9 @@ class GradientProblem(Problem):
 
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
         """Budgets of every gradient, stored once in its input's dtype."""
-        dtype = dtype_name(self.problem.dtype)
         budgets = {}
         for name, estimate in self.estimates(contract).items():
+            dtype = dtype_name(self.problem.input_dtype(name.removeprefix("d")))
             exact = reference[name].value.reshape(self.shape(name))
             shaped = Propagation(Roundings.of(contract, dtype)).reshape(estimate, self.shape(name))
             closed = torch.full(exact.shape, self.problem.nonfinite)

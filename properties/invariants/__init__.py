@@ -27,6 +27,7 @@ from attnproof.properties.invariants.isolation import ISOLATION
 from attnproof.properties.invariants.rows import ROWS
 from attnproof.properties.invariants.scores import OWN
 from attnproof.properties.invariants.softmax import SYMMETRIES
+from attnproof.properties.invariants.states import STATES
 
 __all__ = [
     "INVARIANTS",
@@ -85,6 +86,9 @@ _STATEMENTS = {
     "constant-windows": "windows of equal keys are windows of one key (theory.md PD-3)",
     "equal-halves": "two equal attentions with λ = 1 cancel (Ye et al. 2024)",
     "lambda-linearity": "the output is affine in λ (Ye et al. 2024)",
+    "packed-sequences": "a packed sequence gives what it gives alone (contract.md, Calls)",
+    "zero-state": "an initial state of 0 is none (contract.md, Calls)",
+    "closed-gate": "after a gate of 0 nothing earlier is remembered (theory.md GLA-1)",
 }
 
 _LEFT_ALONE = ("determinism", "inputs-unmodified", "strides")
@@ -110,6 +114,23 @@ _GENERIC: Mapping[str, tuple[str, ...]] = {
     ),
     "easy": _LEFT_ALONE,
 }
+_CARRIED = (
+    *("batch-independence", "packed-sequences", "causal-future", "value-linearity", "zero-state"),
+    *("length-padding", "determinism"),
+)
+# Retention's decay is another for each head, so that no head can be alone.
+_OF_STATES: Mapping[str, tuple[str, ...]] = {
+    "linear": (*_CARRIED, "head-independence"),
+    "gated_linear": (*_CARRIED, "head-independence", "closed-gate"),
+    "retention": _CARRIED,
+    "rwkv6": (*_CARRIED, "head-independence", "closed-gate"),
+    # No sequence of it is packed, or begins with a state.
+    "mlstm": (
+        *(name for name in _CARRIED if name not in ("packed-sequences", "zero-state")),
+        "head-independence",
+    ),
+    "delta": (*_CARRIED, "head-independence", "closed-gate"),
+}
 _ALL = {**SYMMETRIES, **ISOLATION, **GRADIENTS}
 _RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     "logsumexp": ROWS,
@@ -121,6 +142,14 @@ _RECIPES: Mapping[str, Mapping[str, Recipe]] = {
             **({**EASY, **EASY_GRADIENTS} if family == "easy" else {}),
         }
         for family, names in _GENERIC.items()
+    },
+    **{
+        family: {
+            **{name: SYMMETRIES[name] for name in ("inputs-unmodified", "strides")},
+            **{name: STATES[name] for name in names},
+            "gradient-linearity": GRADIENTS["gradient-linearity"],
+        }
+        for family, names in _OF_STATES.items()
     },
 }
 

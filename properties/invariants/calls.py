@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnproof.properties.case import Case, Inputs
+from attnproof.properties.case import Case, Inputs, case_states
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.visibility import visible
 from attnproof.properties.invariants.base import (
@@ -100,13 +100,17 @@ def case_of(case: Case, inputs: Inputs, view: str) -> Case:
     """``case`` with the shape and the options of ``inputs``."""
     form = SIGNATURES[case.family]
     sizes: dict[str, int] = {}
-    for name, axes in form.tensors.items():
-        for axis, size in zip(axes, inputs.tensors[name].shape, strict=True):
+    for name, tensor in inputs.tensors.items():
+        for axis, size in zip(case.axes_of(name) or (), tensor.shape, strict=True):
             sizes[axis.removeprefix("2")] = size // 2 if axis.startswith("2") else size
     options = {name: _as_option(inputs.options.get(name)) for name in form.options}
-    for name in ("sinks", "beta", "alibi_slopes"):
+    for name in ("sinks", "beta", "alibi_slopes", "initial_state"):
         if options.get(name) is not None:
             options[name] = True
+    if form.stateful:
+        options["gate"] = case.option("gate") if "gate" in form.options else None
+        options["causal"] = "off" if inputs.options.get("causal") is False else None
+        options["normalize"] = inputs.options.get("normalize") or None
     if options.get("pool") == (1,) * sizes.get("H", 0) and case.option("pool") is None:
         options["pool"] = None
     if inputs.options.get("variance") is False:
@@ -115,7 +119,7 @@ def case_of(case: Case, inputs: Inputs, view: str) -> Case:
     options["cu_seqlens"] = None if packed is None else tuple(packed.diff().tolist())
     options["causal_alignment"] = case.option("causal_alignment") if options.get("causal") else None
     options["cotangents"] = case.option("cotangents") if inputs.cotangents else None
-    given = tuple((name, options[name]) for name in form.options if options[name] is not None)
+    given = tuple((name, options[name]) for name in form.options if options.get(name) is not None)
     return replace(case, shape=tuple(sizes.items()), options=given, view=view)
 
 
@@ -129,7 +133,12 @@ def _as_option(value: Any) -> Any:
 def differentiated(inputs: Inputs) -> tuple[str, ...]:
     """Names of the inputs that have a gradient."""
     given = inputs.options
-    return (*inputs.tensors, *(name for name in _PARAMETERS if isinstance(given.get(name), torch.Tensor)))
+    states = given.get("initial_state")
+    initial = ("initial_state", "initial_z")[
+        : len(states) if isinstance(states, tuple) else states is not None
+    ]
+    parameters = (name for name in _PARAMETERS if isinstance(given.get(name), torch.Tensor))
+    return (*inputs.tensors, *parameters, *initial)
 
 
 def takes_masks(contract: Contract) -> bool:
@@ -266,7 +275,8 @@ def base_call(case: Case, inputs: Inputs, own: Inputs) -> Call:
 def outputs_of(case: Case, inputs: Inputs) -> tuple[str, ...]:
     """Names of the outputs that a call returns, without gradients."""
     names = SIGNATURES[case.family].outputs
-    return tuple(name for name in names if name != "lse" or inputs.options.get("return_lse"))
+    states = tuple(case_states(case)) if inputs.options.get("return_state") else ()
+    return (*(name for name in names if name != "lse" or inputs.options.get("return_lse")), *states)
 
 
 def all_same(

@@ -9,8 +9,9 @@ from attnproof.properties.regimes.real import REAL
 from attnproof.properties.regimes.regime import Builder, Regime, RegimeClass, merged
 from attnproof.properties.regimes.rows import ROWS
 from attnproof.properties.regimes.scores import SCORES
+from attnproof.properties.regimes.states import STATES
 
-REGIMES: dict[str, Regime] = merged(ATTENTION, EDGES, ROWS, REAL, SCORES)
+REGIMES: dict[str, Regime] = merged(ATTENTION, EDGES, ROWS, REAL, SCORES, STATES)
 
 from attnproof.properties.regimes.planning import SIZES, plan  # noqa: E402  (the planner is written in terms of REGIMES)
 

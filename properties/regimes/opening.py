@@ -17,7 +17,7 @@ from typing import Any
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES
-from attnproof.properties.signatures import COTANGENTS, SIGNATURES
+from attnproof.properties.signatures import COTANGENTS, FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import unit_last_stride
 
 __all__ = ["larger", "opening"]
@@ -126,6 +126,76 @@ _EASY_LARGER: tuple[_Kind, ...] = (
     ({"B": 1, "H": 2, "N": 513, "E": 64}, "normal", "contiguous", {}),
 )
 
+
+def _state_sizes(b: int, h: int, n: int, d: int, e: int) -> dict[str, int]:
+    return {"B": b, "H": h, "N": n, "D": d, "E": e}
+
+
+_SEQUENCE = _state_sizes(1, 2, 70, 16, 40)
+_STATE_EVERY: tuple[_Kind, ...] = (
+    (_state_sizes(2, 2, 130, 16, 32), "normal", "contiguous", {}),
+    (_SEQUENCE, "normal", "transposed", {"cotangents": "normal"}),
+    (_SEQUENCE, "normal", "contiguous", {"initial_state": True, "return_state": True}),
+)
+_STATE_ONCE: tuple[_Kind, ...] = (
+    (_SEQUENCE, "strong-decay", "contiguous", {"gate": "channel", "cotangents": "normal"}),
+    (_SEQUENCE, "alternating-gates", "contiguous", {"gate": "channel", "cotangents": "normal"}),
+    (_SEQUENCE, "correlated-keys", "contiguous", {"cotangents": "normal"}),
+    (_SEQUENCE, "extreme-gates", "contiguous", {"cotangents": "normal"}),
+    (_SEQUENCE, "small-input-gates", "contiguous", {"cotangents": "ones"}),
+    (_SEQUENCE, "exact-recall", "contiguous", {}),
+    (_SEQUENCE, "normal", "contiguous", {"gate": "head", "cotangents": "normal"}),
+    (_SEQUENCE, "normal", "contiguous", {"gate": "channel", "cotangents": "normal"}),
+    *((_SEQUENCE, "normal", "contiguous", {"feature_map": m, "normalize": True}) for m in FEATURE_MAPS[:4]),
+    (
+        _state_sizes(1, 2, 70, 24, 16),
+        "normal",
+        "contiguous",
+        {
+            "feature_map": "elu1",
+            "normalize": True,
+            "initial_state": True,
+            "return_state": True,
+            "cu_seqlens": (1, 40, 0, 29),
+            "cotangents": "normal",
+        },
+    ),
+    (_state_sizes(1, 2, 6, 5, 16), "small-keys", "contiguous", {"feature_map": "relu", "normalize": True}),
+    (_SEQUENCE, "negative-keys", "contiguous", {"feature_map": "elu1", "normalize": True}),
+    (_SEQUENCE, "exact-kinks", "contiguous", {"feature_map": "relu", "cotangents": "ones"}),
+    (_state_sizes(1, 2, 40, 5, 16), "normal", "contiguous", {"feature_map": "taylor", "normalize": True}),
+    (_state_sizes(1, 2, 40, 5, 16), "normal", "contiguous", {"feature_map": "squared", "cotangents": "ones"}),
+    (_SEQUENCE, "normal", "contiguous", {"causal": "off", "cotangents": "normal"}),
+    (_SEQUENCE, "normal", "sliced", {"feature_map": "relu", "cotangents": "one-hot"}),
+    (_SEQUENCE, "normal", "contiguous", {"cu_seqlens": (17, 0, 33, 20)}),
+    (_SEQUENCE, "normal", "contiguous", {"cu_seqlens": (17, 0, 33, 20), "cotangents": "normal"}),
+    (
+        _SEQUENCE,
+        "normal",
+        "contiguous",
+        {"initial_state": True, "return_state": True, "cu_seqlens": (1, 40, 0, 29), "cotangents": "normal"},
+    ),
+    (_SEQUENCE, "mixed-gates", "contiguous", {"gate": "head", "initial_state": True, "cotangents": "ones"}),
+    (_state_sizes(1, 1, 300, 64, 64), "slow-decay", "contiguous", {"gate": "head", "return_state": True}),
+    (_SEQUENCE, "closed-gates", "columns", {"gate": "channel", "cotangents": "normal"}),
+    (_SEQUENCE, "open-gates", "contiguous", {"gate": "head"}),
+    (_SEQUENCE, "growing-state", "contiguous", {}),
+    (_SEQUENCE, "no-writing", "contiguous", {"initial_state": True}),
+    (_SEQUENCE, "future-nonfinite", "contiguous", {}),
+    (_state_sizes(1, 2, 33, 64, 72), "one-sign-values", "unaligned", {"cotangents": "aligned"}),
+    (_state_sizes(3, 1, 65, 32, 16), "uniform", "broadcast", {"return_state": True}),
+    (_state_sizes(1, 2, 1, 32, 32), "normal", "contiguous", {"initial_state": True, "return_state": True}),
+    (_SEQUENCE, "large-values", "contiguous", {"cotangents": "normal"}),
+    (_SEQUENCE, "vanishing-normaliser", "contiguous", {"feature_map": "identity", "normalize": True}),
+)
+_STATE_LARGER: tuple[_Kind, ...] = (
+    (_state_sizes(1, 1, 1030, 16, 16), "normal", "contiguous", {}),
+    (_state_sizes(1, 2, 70, 128, 128), "normal", "contiguous", {"cotangents": "normal"}),
+    (_state_sizes(9, 5, 33, 16, 16), "normal", "contiguous", {}),
+    (_state_sizes(1, 1, 2053, 32, 32), "slow-decay", "contiguous", {}),
+    (_state_sizes(1, 2, 513, 64, 64), "normal", "contiguous", {"cotangents": "normal"}),
+)
+
 # Asked of families that have these options or gradients; in one dtype each, in turn.
 _PARTICULAR: tuple[_Kind, ...] = (
     (_SMALL, "off-centre", "contiguous", {"cotangents": "ones"}),
@@ -232,6 +302,8 @@ def _kinds(family: str) -> tuple[tuple[_Kind, ...], tuple[_Kind, ...], tuple[_Ki
     """Kinds tried in every dtype, in one each, and the larger ones."""
     if family == "easy":
         return _EASY_EVERY, _EASY_ONCE, _EASY_LARGER
+    if SIGNATURES[family].stateful:
+        return _STATE_EVERY, _STATE_ONCE, _STATE_LARGER
     if not SIGNATURES[family].attention:
         return _ROWS_EVERY, _ROWS_ONCE, _ROWS_LARGER
     # What a family has that others lack comes early, beside what all have.
@@ -257,9 +329,10 @@ class _Kernel:
     def _cases(self, kinds: Sequence[tuple[_Kind, str]]) -> Iterator[Case]:
         for number, ((asked, regime, view, wanted), dtype) in enumerate(kinds):
             sizes = self._sizes(asked)
-            options = {name: value for name, value in wanted.items() if name in self.options}
-            plain = {name for name in wanted if name != "cotangents"}
-            lost = (wanted and not options) or (plain and not plain & set(options))
+            allowed = {*self.options, *SIGNATURES[self.family].required}
+            options = {name: value for name, value in wanted.items() if name in allowed}
+            plain = {name for name in wanted if name not in ("cotangents", "gate")}
+            lost = (set(wanted) - {"gate"} and not options) or (plain and not plain & set(options))
             if sizes is None or lost or regime not in REGIMES:
                 continue
             if self.supports.last_stride_one and not unit_last_stride(view, SIGNATURES[self.family].axes):

@@ -17,7 +17,7 @@ from attnproof.properties.case import OPTIONS, Case
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES
 from attnproof.properties.regimes.regime import Regime
-from attnproof.properties.signatures import COTANGENTS, SIGNATURES
+from attnproof.properties.signatures import COTANGENTS, FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import VIEWS, unit_last_stride
 
 __all__ = ["SIZES", "WIDTHS", "plan"]
@@ -53,7 +53,13 @@ WIDTHS = (
 )
 """(D, E) in the order in which they are tried."""
 
+STATE_WIDTHS = ((16, 16), (64, 64), (32, 64), (5, 3), (64, 32), (16, 40), (128, 128), (1, 5))
+"""(D, E) of families with a state, whose work grows with their product."""
+
 _POOLS = (2, 1, 3, 4, 7)
+# Features of pairs of columns: D² of them.
+PAIRED_FEATURES = ("taylor", "squared")
+_WIDEST_PAIRED = 16
 RELATIONS = ("square", "fewer-queries", "square", "more-queries", "decode")
 
 # A regime whose cases are vacuous, and sizes that leave no choice, are kept below this share of a plan: a
@@ -286,8 +292,14 @@ class _Planner:
             "band": lambda: self._turn("band", (length // 4, 0, 17, length)),
             "cotangents": lambda: self._turn("cotangents", COTANGENTS),
             "pool": lambda: self._pools(sizes["H"]),
+            "feature_map": lambda: self._feature_map(sizes),
+            "normalize": lambda: self._turn("normalize", (True, True, None)),
+            "gate": lambda: self._turn("gate", ("head", "channel")),
         }
-        required = [name for name in ("pool",) if name in SIGNATURES[self.family].required]
+        form = SIGNATURES[self.family]
+        if form.stateful:
+            values["causal"] = lambda: "off"
+        required = [name for name in ("pool", "feature_map", "normalize") if name in form.required]
         names = dict.fromkeys((*chosen, *required))
         result: dict[str, Any] = {name: values[name]() if name in values else True for name in names}
         if self.causal_alignment == "top-left" and "causal" in chosen:
@@ -298,6 +310,12 @@ class _Planner:
         """A window for each head: some that divide a length, some that leave a ragged tail."""
         first = self._turn("pool", range(len(_POOLS)))
         return tuple(_POOLS[(first + head) % len(_POOLS)] for head in range(heads))
+
+    def _feature_map(self, sizes: dict[str, int]) -> str:
+        """The next map, of those that make features of pairs only where D is small."""
+        narrow = sizes["D"] <= _WIDEST_PAIRED
+        maps = FEATURE_MAPS if narrow else tuple(m for m in FEATURE_MAPS if m not in PAIRED_FEATURES)
+        return self._turn(f"feature map {narrow}", maps)
 
     def _sizes(self, regime: Regime, chosen: tuple[str, ...], larger: bool) -> dict[str, int]:
         name = self._turn("class", _CLASSES)
@@ -310,6 +328,8 @@ class _Planner:
                 batch -= 1
             length = min(length, self._rounded(math.isqrt(work // (heads * value))))
             return {"B": batch, "H": heads, "N": length, "E": value}
+        if SIGNATURES[self.family].stateful:
+            return self._state_sizes(regime, chosen, length, work)
         if not SIGNATURES[self.family].attention:
             rows = self._turn("rows", (5, 1, 16, 33, 8))
             return {"R": max(1, min(rows, work // (64 * max(1, length)))), "N": length}
@@ -332,6 +352,25 @@ class _Planner:
             else:
                 rows = max(1, work // (batch * heads * length * (width + value)))
         return {"B": batch, "H": heads, "G": heads // group, "M": rows, "N": length, "D": width, "E": value}
+
+    def _state_sizes(self, regime: Regime, chosen: tuple[str, ...], length: int, work: int) -> dict[str, int]:
+        """Sizes with B·H·N·D·E and B·H·N²·D below ``work``."""
+        width, value = self._turn("state width", STATE_WIDTHS) if self._unlimited else self._width(regime)
+        batch = 1 if "cu_seqlens" in chosen else self._turn("batch", (2, 1, 3))
+        heads = self._turn("heads", (1, 2, 3))
+
+        def too_much() -> bool:
+            return batch * heads * length * max(width * value, length * width) > work
+
+        while too_much() and (batch > 1 or heads > 1):
+            batch, heads = (batch - 1, heads) if batch > 1 else (batch, heads - 1)
+        while too_much():
+            length = self._rounded(length // 2)
+        return {"B": batch, "H": heads, "N": length, "D": width, "E": value}
+
+    @property
+    def _unlimited(self) -> bool:
+        return self.supports.head_dims is None and self.supports.max_head_dim is None
 
     def _width(self, regime: Regime) -> tuple[int, int]:
         if regime.regime_class == "real" and self._accepts(32):
@@ -356,6 +395,11 @@ class _Planner:
             value = self._width(REGIMES["normal"])[1]
             few = ((1, 1, one), (1, 2, 0), (0, 2, 2), (2, 3, one), (1, 1, 2))
             shapes = [{"B": b, "H": h, "N": n, "E": value} for b, h, n in few]
+        elif SIGNATURES[self.family].stateful:
+            width, value = (16, 32) if self._unlimited else self._width(REGIMES["normal"])
+            rest = {"D": width, "E": value}
+            few = ((1, 1, one), (1, 2, 0), (0, 2, 2), (2, 3, one), (1, 1, 2))
+            shapes = [{"B": b, "H": h, "N": n, **rest} for b, h, n in few]
         elif not SIGNATURES[self.family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((1, one), (2, 0), (0, 3), (3, one), (1, 2))]
         else:
@@ -371,7 +415,7 @@ class _Planner:
             chosen = ("cotangents",) if "cotangents" in self.options and number % 2 == 0 else ()
             options = self._values(chosen, shape)
             cases.append(self._make(self._turn("first dtype", self.dtypes), shape, options=options))
-        if "causal" in self.options:
+        if "causal" in self.options and SIGNATURES[self.family].attention:
             wide = {"B": 1, **rest, "M": self._rounded(8) + 5, "N": self._rounded(8)}
             options = self._values(("causal",), wide)
             cases.insert(1, self._make(self._turn("first dtype", self.dtypes), wide, options=options))

@@ -12,10 +12,13 @@ from attnproof.properties.contract import DTYPES
 from attnproof.properties.draw import Draw
 from attnproof.properties.signatures import SIGNATURES
 
-__all__ = ["ATTENTION_FAMILIES", "Builder", "Regime", "RegimeClass", "merged"]
+__all__ = ["ATTENTION_FAMILIES", "STATE_FAMILIES", "Builder", "Regime", "RegimeClass", "merged"]
 
 ATTENTION_FAMILIES = tuple(name for name, form in SIGNATURES.items() if form.attention)
 """Families in which queries meet keys; their regimes are the same, but for options that some lack."""
+
+STATE_FAMILIES = tuple(name for name, form in SIGNATURES.items() if form.stateful)
+"""Families that carry a state along the sequence."""
 
 RegimeClass = Literal["plain", "tied", "extreme", "exact", "nonfinite", "real"]
 

@@ -1,8 +1,8 @@
 """What the kernels become on real targets: matrix instructions where they belong, and no register spilled to
 memory.
 
-This is the measurement behind :func:`attnproof.kernels.tiles.tiles_for`; it takes about a minute and a half
-on two cores, because every kernel is compiled to its binary by the assemblers in Triton's wheel.
+This is the measurement behind :func:`attnproof.kernels.tiles.tiles_for`; it takes some minutes
+of CPU time, because every kernel is compiled to its binary by the assemblers in Triton's wheel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from attnproof.emulator import compile_launches
-from attnproof.kernels import easy, relu, sigmoid
+from attnproof.kernels import delta, easy, gated_linear, linear, relu, retention, rwkv6, sigmoid
 from attnproof.kernels.examples.logsumexp import unshifted_logsumexp
 from attnproof.kernels.examples.softmax import three_pass_attention, unshifted_attention
 from attnproof.kernels.examples.softmax_rows import division_free_softmax_rows, unshifted_softmax_rows
@@ -108,10 +108,11 @@ def test_example_rows(entry: Any, target: str) -> None:
 
 
 def backward(entry: Any, *tensors: torch.Tensor, **options: Any) -> None:
-    """One forward and one backward pass."""
+    """One forward and one backward pass, with cotangents of all outputs."""
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    output = entry(*leaves, **options)
-    output.backward(torch.zeros_like(output))
+    outputs = entry(*leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, leaves, [torch.zeros_like(output) for output in outputs])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -137,3 +138,59 @@ def test_softmax_backward_with_every_option(target: str) -> None:
     dtype = torch.bfloat16
     options = {"scale": 1.0, **every_option(dtype), "alibi_slopes": torch.zeros(2)}
     assert_no_spills(functools.partial(backward, attention), inputs(dtype, 128), options, target)
+
+
+# Of the families with a state: an entry point, its options, and what it is given beside q, k and v.
+STATEFUL = {
+    "linear": (linear.attention, {"feature_map": "elu1", "normalize": True}, ()),
+    "gated_linear": (gated_linear.attention, {"scale": 1.0}, ("g",)),
+    "rwkv6": (rwkv6.attention, {"scale": 1.0}, ("g", "u")),
+    "retention": (retention.parallel, {"scale": 1.0}, ()),
+    "delta": (delta.attention, {"scale": 1.0}, ("beta", "g")),
+}
+# Their other kernels work channel by channel, or row by row.
+MATMULS = {"state_kernel", "states_kernel", "chunk_kernel", "walk_kernel", "gradient_kernel", "pairs_kernel"}
+
+
+def stateful(name: str, dtype: torch.dtype, width: int) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """The call that returns the state too, and its tensors; gates have one number a key channel."""
+    entry, options, further = STATEFUL[name]
+    q, k, v = inputs(dtype, width)
+    beside = {
+        "g": torch.zeros(q.shape),
+        "u": torch.zeros(2, width, dtype=dtype),
+        "beta": torch.zeros(q.shape[:3]),
+    }
+    tensors = (q, k, v, *(beside[x] for x in further))
+    return functools.partial(entry, **options, return_state=True), tensors
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernels"),
+    [
+        ("linear", torch.float16, {"state_kernel", "chunk_kernel", "normaliser_cotangent_kernel"}),
+        ("gated_linear", torch.float16, {"states_kernel", "walk_kernel", "gradient_kernel"}),
+        ("rwkv6", torch.bfloat16, {"states_kernel", "walk_kernel", "gradient_kernel"}),
+        ("retention", torch.float16, {"pairs_kernel", "states_kernel"}),
+        ("delta", torch.float16, {"scores_kernel", "inverse_kernel", "chunk_kernel", "recurrence_kernel",
+                                  "backward_kernel"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_states(name: str, dtype: torch.dtype, kernels: set[str], target: str) -> None:
+    """Forward and backward at D = E = 64."""
+    entry, tensors = stateful(name, dtype, 64)
+    compiled = assert_no_spills(functools.partial(backward, entry), tensors, {}, target)
+    assert {kernel.kernel for kernel in compiled} == kernels
+    assert all(kernel.matrix_instructions > 0 for kernel in compiled if kernel.kernel in MATMULS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("retention", torch.float32), ("delta", torch.bfloat16)], ids=str
+)
+def test_wide_states(name: str, dtype: torch.dtype, target: str) -> None:
+    """Forward alone at D = E = 128."""
+    entry, tensors = stateful(name, dtype, 128)
+    assert_no_spills(entry, tensors, {}, target)

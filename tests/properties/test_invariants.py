@@ -71,7 +71,22 @@ GRADIENTS = (
     "easy:float32:normal:B2,H2,N7,E3:band=2,cotangents=normal:contiguous:1",
     "easy:bfloat16:normal:B1,H3,N6,E2:cotangents=one-hot:sliced:2",
 )
-CASES = [Case.parse(text) for text in (*SOFTMAX, *GRADIENTS)]
+# Families with a state: from none and from one, packed, with each shape of gates.
+STATES = (
+    "linear:float32:normal:B2,H2,N7,D3,E2:feature_map=relu,return_state,cotangents=normal:contiguous:1",
+    "linear:float16:normal:B1,H2,N9,D3,E2:normalize,initial_state,cu_seqlens=3+0+6,return_state:sliced:2",
+    "gated_linear:float32:normal:B2,H2,N7,D3,E2:gate=head,return_state,cotangents=normal:contiguous:1",
+    "gated_linear:float16:mixed-gates:B1,H2,N9,D3,E2:initial_state,cu_seqlens=3+0+6:columns:2",
+    "retention:float32:normal:B2,H2,N7,D3,E2:return_state,cotangents=ones:contiguous:1",
+    "retention:float32:normal:B1,H2,N9,D3,E2:cu_seqlens=3+0+6,cotangents=normal:contiguous:2",
+    "rwkv6:float32:normal:B2,H2,N7,D3,E2:return_state,cotangents=normal:contiguous:1",
+    "rwkv6:bfloat16:normal:B1,H2,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:contiguous:2",
+    "mlstm:float32:normal:B2,H2,N7,D3,E2:cotangents=normal:contiguous:1",
+    "mlstm:bfloat16:small-input-gates:B1,H2,N9,D3,E2:return_state:transposed:2",
+    "delta:float32:normal:B2,H2,N7,D3,E2:gate=channel,return_state,cotangents=normal:contiguous:1",
+    "delta:float16:normal:B1,H2,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:contiguous:2",
+)
+CASES = [Case.parse(text) for text in (*SOFTMAX, *GRADIENTS, *STATES)]
 CASES += [Case.parse(text.format(family)) for family in ("logsumexp", "softmax_rows") for text in ROWS]
 CONTRACTS = {
     "all options": FULL,
@@ -269,7 +284,7 @@ def test_a_variant_asks_for_no_option_that_the_kernel_lacks() -> None:
 
 
 def test_the_case_of_a_call_describes_it() -> None:
-    for case in CASES[: len(SOFTMAX) + len(GRADIENTS)]:
+    for case in CASES[: len(SOFTMAX) + len(GRADIENTS) + len(STATES)]:
         form = SIGNATURES[case.family]
         contract = contract_for(case, FULL)
         assert contract is not None
@@ -277,11 +292,15 @@ def test_the_case_of_a_call_describes_it() -> None:
             planned = invariant.variants(case, make_inputs(case), contract)
             for call in planned.calls if planned else ():
                 words = (invariant.name, call.words, case.id)
-                for name, axes in form.tensors.items():
-                    assert call.inputs.tensors[name].shape == form.shape(axes, call.case.sizes), words
+                for name in form.tensors:
+                    axes = call.case.axes_of(name)
+                    held = call.inputs.tensors.get(name)
+                    assert (axes is None) == (held is None), words
+                    assert held is None or held.shape == form.shape(axes or (), call.case.sizes), words
                 for name, tensor in call.inputs.cotangents.items():
-                    assert tensor.shape == form.shape(form.outputs[name], call.case.sizes), words
-                given = {name for name, _ in call.case.options} - {"cotangents"}
+                    axes = {**form.outputs, **form.states}[name]
+                    assert tensor.shape == form.shape(axes, call.case.all_sizes), words
+                given = {name for name, _ in call.case.options} - {"cotangents", "gate"}
                 assert set(call.inputs.options) == given | set(form.required), words
                 assert bool(call.inputs.cotangents) == bool(call.case.option("cotangents")), words
                 assert Case.parse(call.case.id) == call.case

@@ -273,6 +273,9 @@ def test_every_regime_serves_every_size_and_option(regime: Regime) -> None:
         shapes = [dict(zip("BHGMNDE", sizes, strict=True)) for sizes in awkward]
         if family == "easy":
             shapes = [{"B": b, "H": h, "N": n, "E": 3} for b, h, n in ((0, 1, 2), (1, 2, 0), (2, 3, 5))]
+        elif SIGNATURES[family].stateful:
+            few = ((0, 1, 2), (1, 2, 0), (2, 3, 5), (1, 1, 1))
+            shapes = [{"B": b, "H": h, "N": n, "D": 3, "E": 2} for b, h, n in few]
         elif not SIGNATURES[family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((0, 3), (3, 0), (1, 1), (2, 2))]
         for shape, option in itertools.product(shapes, [None, *OPTIONS[family]]):
@@ -292,11 +295,15 @@ def test_every_regime_serves_every_size_and_option(regime: Regime) -> None:
                 "variance": "off",
                 "band": 1,
                 "pool": (2,) * shape.get("H", 1),
+                "feature_map": "taylor",
+                "gate": "head",
             }
+            if SIGNATURES[family].stateful:
+                values["causal"] = "off"
             options |= {"bias": -1.0} if family == "sigmoid" and option == "bias" else {}
             options |= {option: values[option]} if option in values else {}
             packed = option == "cu_seqlens"
-            if packed and not (shape["B"] == 1 and shape["M"] == shape["N"]):
+            if packed and not (shape["B"] == 1 and shape.get("M", shape["N"]) == shape["N"]):
                 continue
             options |= {"cu_seqlens": (shape["N"], 0)} if packed else {}
             if regime.declines(family, "bfloat16", options) is None:

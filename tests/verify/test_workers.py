@@ -515,7 +515,7 @@ def test_closing_the_pool_ends_a_call_under_way() -> None:
 
 
 def test_workers_die_with_their_judge(tmp_path: Path) -> None:
-    """Even while they hang, and even if the judge was killed outright."""
+    """And so does the nursery: even while they hang, and even if the judge was killed outright."""
     import subprocess
 
     script = tmp_path / "judge.py"
@@ -534,12 +534,15 @@ def test_workers_die_with_their_judge(tmp_path: Path) -> None:
     assert judge.stdout is not None
     pid = int(judge.stdout.readline())
     worker = psutil.Process(pid)
+    nursery = psutil.Process(worker.ppid())
+    assert nursery.pid != judge.pid
     while not (tmp_path / "started").exists() and judge.poll() is None:
         time.sleep(0.05)
     judge.kill()
     judge.communicate()
-    psutil.wait_procs([worker], timeout=5)
+    psutil.wait_procs([worker, nursery], timeout=5)
     assert not worker.is_running()
+    assert not nursery.is_running()
 
 
 def test_in_process_isolation_says_so() -> None:

@@ -83,7 +83,7 @@ def _recalled(database: ExampleDatabase, target: str, contract: Contract) -> Ite
 def _takes(contract: Contract, case: Case) -> bool:
     """Whether a kernel under ``contract`` promises anything of ``case``."""
     form = SIGNATURES[case.family]
-    asked = {name for name, _ in case.options} - {"causal_alignment", "cotangents", *form.required}
+    asked = {name for name, _ in case.options} - {"causal_alignment", "cotangents", "gate", *form.required}
     strides = not contract.supports.last_stride_one or unit_last_stride(case.view, form.axes)
     return (
         case.dtype in contract.dtypes

@@ -102,11 +102,19 @@ def laid_out(values, strides, offset, size):
 
 MOVED = '''
 def moved(value):
-    """A tensor on the device, strides kept."""
+    """A tensor, or a tuple of them, on the device, strides kept."""
+    if isinstance(value, tuple):
+        return tuple(moved(item) for item in value)
     if not isinstance(value, torch.Tensor) or DEVICE == "cpu":
         return value
     storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
     return storage.to(DEVICE).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def tensors_in(values):
+    """The tensors among values, those in tuples included."""
+    held = [item for v in values for item in (v if isinstance(v, tuple) else (v,))]
+    return [item for item in held if isinstance(item, torch.Tensor)]
 
 
 def storage_bits(tensor):
@@ -120,7 +128,7 @@ def call(kernel, build):
     arguments, keywords, _ = build()
     arguments = [moved(value) for value in arguments]
     keywords = {name: moved(value) for name, value in keywords.items()}
-    tensors = [v for v in (*arguments, *keywords.values()) if isinstance(v, torch.Tensor)]
+    tensors = tensors_in((*arguments, *keywords.values()))
     before = [storage_bits(tensor).clone() for tensor in tensors]
     return kernel(*arguments, **keywords), tensors, before
 '''
@@ -134,7 +142,7 @@ def call(kernel, build):
     arguments, keywords, cotangents = build()
     arguments = [moved(value) for value in arguments]
     keywords = {name: moved(value) for name, value in keywords.items()}
-    tensors = [v for v in (*arguments, *keywords.values()) if isinstance(v, torch.Tensor)]
+    tensors = tensors_in((*arguments, *keywords.values()))
     before = [storage_bits(tensor).clone() for tensor in tensors]
     leaves = [tensors[number].requires_grad_() for number in DIFFERENTIATED]
     returned = kernel(*arguments, **keywords)

@@ -159,6 +159,11 @@ class _Script:
             if isinstance(value, torch.Tensor):
                 lines += self._assigned(name, value)
                 keywords.append(f"{name!r}: {name}")
+            elif isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+                parts_of = [f"{name}_{number}" for number in range(len(value))]
+                for part, tensor in zip(parts_of, value, strict=True):
+                    lines += self._assigned(part, tensor)
+                keywords.append(f"{name!r}: ({', '.join(parts_of)})")
             else:
                 keywords.append(f"{name!r}: {value!r}")
         weights = []
@@ -197,7 +202,7 @@ class _Script:
         gradients = self.trial.gradients
         asked = problem.differentiated if gradients is not None else ()
         for name in asked:
-            dtype = str(problem.dtype).removeprefix("torch.")
+            dtype = str(problem.input_dtype(name)).removeprefix("torch.")
             rows.append(f"    ('d{name}', {problem.input_shape(name)}, torch.{dtype}),")
         moved = self.subject.contract.layout == "bnhd"
         swap = [n for n in problem.outputs if moved and n in family.sequence]
@@ -217,7 +222,11 @@ class _Script:
         named = [
             n for n, v in zip(request.names, request.arguments, strict=False) if isinstance(v, torch.Tensor)
         ]
-        return (*named, *[n for n, v in request.keywords.items() if isinstance(v, torch.Tensor)])
+        for name, value in request.keywords.items():
+            held = value if isinstance(value, tuple) else (value,)
+            if held and isinstance(held[0], torch.Tensor):
+                named += [name, name.replace("state", "z")][: len(held)]
+        return tuple(named)
 
     def _checks(self) -> list[str]:
         """Functions from (outputs, arguments, keywords) to complaints, and the list of them."""

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from attnproof.properties.case import Case, Inputs
+from attnproof.properties.case import Case, Inputs, case_states
 from attnproof.properties.contract import Supports
-from attnproof.properties.signatures import SIGNATURES
+from attnproof.properties.regimes.planning import PAIRED_FEATURES
+from attnproof.properties.signatures import FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import lay_out, unit_last_stride
 
 __all__ = [
@@ -49,7 +50,16 @@ def tensors_of(inputs: Inputs) -> dict[str, torch.Tensor]:
     named = {name: inputs.options.get(name) for name in _BY_KEYWORD}
     cotangents = {f"d{name}": tensor for name, tensor in inputs.cotangents.items()}
     given = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
-    return {**inputs.tensors, **given, **cotangents}
+    return {**inputs.tensors, **given, **_initial_states(inputs), **cotangents}
+
+
+def _initial_states(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The tensors "initial_state", and "initial_z" where the call is handed two."""
+    states = inputs.options.get("initial_state")
+    if states is None:
+        return {}
+    held = states if isinstance(states, tuple) else (states,)
+    return dict(zip(("initial_state", "initial_z"), held, strict=False))
 
 
 def numbers_of(inputs: Inputs) -> dict[str, float]:
@@ -66,29 +76,40 @@ def assembled(case: Case, tensors: Mapping[str, torch.Tensor], numbers: Mapping[
             its dtype.
         numbers: as :func:`numbers_of` gives them.
     """
+    form = SIGNATURES[case.family]
+    wide = {*_FULL_PRECISION, *(f"{kind}{name}" for name in form.states for kind in ("initial_", "d"))}
     laid = {
-        name: lay_out(tensor if name in _FULL_PRECISION else tensor.to(case.torch_dtype), case.view, name)
+        name: lay_out(tensor if name in wide else tensor.to(case.torch_dtype), case.view, name)
         for name, tensor in tensors.items()
     }
-    form = SIGNATURES[case.family]
     options: dict[str, Any] = dict(numbers)
     if "pool" in form.required:
         options["pool"] = (1,) * case["H"]
+    if "feature_map" in form.required:
+        options |= {"feature_map": FEATURE_MAPS[0], "normalize": False}
+    states = case_states(case)
     for name, value in case.options:
         if name in _BY_KEYWORD and name in laid:
             options[name] = laid[name]
         elif name == "cu_seqlens":
             options[name] = torch.tensor([0, *itertools.accumulate(value)], dtype=torch.int32)
-        elif name == "variance":
+        elif name == "initial_state":
+            held = tuple(laid[f"initial_{state}"] for state in states)
+            options[name] = held if len(held) > 1 else held[0]
+        elif value == "off":
             options[name] = False
-        elif name not in ("causal_alignment", "cotangents"):
+        elif name not in ("causal_alignment", "cotangents", "gate"):
             options[name] = value
     asked = case.option("cotangents") is not None
+    returned = {"lse": "return_lse", **dict.fromkeys(states, "return_state")}
     kept = [
-        n for n in form.outputs if asked and f"d{n}" in laid and (n != "lse" or case.option("return_lse"))
+        name
+        for name in (*form.outputs, *states)
+        if asked and f"d{name}" in laid and (name not in returned or case.option(returned[name]))
     ]
     cotangents = {name: laid[f"d{name}"] for name in kept}
-    return Inputs({name: laid[name] for name in form.tensors}, options, cotangents)
+    given = [name for name in form.tensors if case.axes_of(name) is not None]
+    return Inputs({name: laid[name] for name in given}, options, cotangents)
 
 
 def recast(case: Case, inputs: Inputs) -> Inputs:
@@ -111,7 +132,9 @@ def resized(case: Case, **sizes: int) -> Case:
     if lengths is not None:
         ends = [min(end, shape["N"]) for end in itertools.accumulate(lengths)]
         lengths = tuple(b - a for a, b in itertools.pairwise([0, *ends]))
-        shape["M"] = shape["N"] = sum(lengths)
+        shape["N"] = sum(lengths)
+        if "M" in shape:
+            shape["M"] = shape["N"]
     changed = {"cu_seqlens": lengths}
     if (pools := case.option("pool")) is not None:
         changed["pool"] = tuple(itertools.islice(itertools.cycle(pools), shape["H"]))
@@ -140,6 +163,9 @@ def extents(case: Case) -> dict[str, int]:
     Query heads are counted within their group, and a packed call has one axis for queries and keys.
     """
     sizes = case.sizes
+    if case.option("feature_map") in PAIRED_FEATURES:
+        # A state holds a row for each pair of columns, which goes with both.
+        return {axis: size for axis, size in sizes.items() if axis != "D"}
     if "G" not in sizes:
         return sizes
     found = {"B": sizes["B"], "G": sizes["G"], RANK: sizes["H"] // sizes["G"]}
@@ -157,8 +183,10 @@ def kept(case: Case, inputs: Inputs, keep: Mapping[str, Sequence[int]]) -> tuple
         index["H"] = [g * ranks + r for g in index["G"] for r in index[RANK]]
     options = dict(case.options)
     lengths = options.get("cu_seqlens")
+    index["S"] = index.get("B", [])
+    index["F"] = index.get("D", list(range(case.all_sizes.get("F", 0))))
     if lengths is not None:
-        index["M"] = index["N"]
+        index["M"], index["S"] = index["N"], list(range(len(lengths)))
         bounds = itertools.pairwise([0, *itertools.accumulate(lengths)])
         pieces = [sum(a <= i < b for i in index["N"]) for a, b in bounds]
         options["cu_seqlens"] = tuple(pieces)
@@ -168,22 +196,25 @@ def kept(case: Case, inputs: Inputs, keep: Mapping[str, Sequence[int]]) -> tuple
         index["2D"] = [*index["D"], *[size["D"] + place for place in index["D"]]]
     tensors = {}
     for name, tensor in tensors_of(inputs).items():
-        for axis, symbol in enumerate(_axes(case.family, name)):
+        for axis, symbol in enumerate(_axes(case, name)):
             # A bias of extent 1 is broadcast along that axis.
-            whole = 2 * case["D"] if symbol == "2D" else case[symbol]
+            whole = 2 * case["D"] if symbol == "2D" else case.all_sizes[symbol]
             if tensor.shape[axis] == whole:
                 tensor = tensor.index_select(axis, torch.tensor(index[symbol], dtype=torch.int64))
         tensors[name] = tensor
-    shape = {symbol: len(index[symbol]) for symbol in case.sizes}
+    shape = {symbol: len(index.get(symbol, range(size))) for symbol, size in case.sizes.items()}
     smaller = replace(case, shape=tuple(shape.items()), options=tuple(options.items()))
     return smaller, assembled(smaller, tensors, numbers_of(inputs))
 
 
-def _axes(family: str, name: str) -> tuple[str, ...]:
+def _axes(case: Case, name: str) -> tuple[str, ...]:
     """The symbols of a tensor's axes."""
-    form = SIGNATURES[family]
+    form = SIGNATURES[case.family]
     if name in form.tensors:
-        return form.tensors[name]
+        return case.axes_of(name) or ()
+    state = name.removeprefix("initial_").removeprefix("d")
+    if state in form.states and name != state:
+        return form.states[state]
     return _BY_KEYWORD[name] if name in _BY_KEYWORD else form.outputs[name.removeprefix("d")]
 
 

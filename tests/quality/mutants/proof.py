@@ -23,10 +23,12 @@ import torch
 import attnproof
 from attnproof.properties.arithmetic.balls import ArbArithmetic
 from attnproof.properties.case import Case, Inputs, make_inputs
+from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.families import family_of
 from attnproof.properties.families.base import Problem
 from attnproof.properties.families.gradients import GradientProblem
 from attnproof.properties.oracle import evaluate
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.targets import resolve
 from tests.quality.mutants.built import build
 from tests.quality.mutants.mutant import Mutant, MutantError, all_mutants
@@ -70,9 +72,10 @@ class Proof:
     """What was measured.
 
     Attributes:
-        mutant: name; wrong: whether it is proved wrong; how: "error", "rms", "mean", "mutation", or the
-            name of an exception that the mutant raised, its base did not, and ``shows`` announces;
-            "forward" where a mutant of the backward pass changes an output, which proves nothing of it.
+        mutant: name; wrong: whether it is proved wrong; how: "error", "rms", "mean", "mutation", "missing"
+            where an input gets no gradient and ``shows`` announces that, or the name of an exception that the
+            mutant raised, its base did not, and ``shows`` announces; "forward" where a mutant of the backward
+            pass changes an output, which proves nothing of it.
         factor: largest ratio of mutant to base over the outputs, of what ``how`` names; inf where the base
             has no such error.
         errors: by output, and by gradient where the trigger has cotangents, the errors of (mutant, base).
@@ -96,7 +99,7 @@ def prove(mutant: Mutant) -> Proof:
         raise MutantError(f"mutant {mutant.name}: deceivers only ever run in worker processes")
     case = Case.parse(mutant.trigger)
     base = _called(resolve(mutant.base), case)
-    if isinstance(base, Exception) or base.changed:
+    if isinstance(base, Exception) or base.changed or base.missing:
         raise MutantError(f"mutant {mutant.name}: its base {mutant.base} fails on {case.id}: {base}")
     found = _called(build(mutant), case)
     if isinstance(found, Exception):
@@ -105,12 +108,14 @@ def prove(mutant: Mutant) -> Proof:
         return Proof(mutant.name, rule in mutant.shows, type(found).__name__, math.inf)
     if found.changed:
         return Proof(mutant.name, True, "mutation", math.inf)
+    if found.missing:
+        return Proof(mutant.name, "gradient" in mutant.shows, "missing", math.inf)
     if [x.shape for x in found.outputs.values()] != [x.shape for x in base.outputs.values()]:
         return Proof(mutant.name, True, "shape", math.inf)
     forward = family_of(case.family).returned(make_inputs(case).options)
     if mutant.mechanism == "gradient" and not all(_same(found.outputs[n], base.outputs[n]) for n in forward):
         return Proof(mutant.name, False, "forward", math.nan)
-    exact = _exact(case)
+    exact = _exact(case, contract_of(resolve(mutant.base)))
     errors = {
         name: (
             _errors(found.outputs[name], exact[name]),
@@ -143,8 +148,11 @@ def _ratio(mine: float, base: float) -> float:
 
 @dataclass(frozen=True)
 class _Returned:
+    """Outputs and gradients by name, whether inputs were changed, and the inputs that got no gradient."""
+
     outputs: Mapping[str, torch.Tensor]
     changed: bool
+    missing: tuple[str, ...]
 
 
 def _called(function: Callable[..., Any], case: Case) -> _Returned | Exception:
@@ -153,36 +161,53 @@ def _called(function: Callable[..., Any], case: Case) -> _Returned | Exception:
     sources = _differentiated(inputs, case)
     for tensor in sources.values():
         tensor.requires_grad_(True)
+    gradients: dict[str, torch.Tensor | None] = {}
     with attnproof.emulate(TARGET):
         try:
-            value = function(*inputs.tensors.values(), **inputs.options)
+            value = function(*_arguments(inputs, case), **inputs.options)
             values = value if isinstance(value, tuple) else (value,)
             outputs = dict(zip(family_of(case.family).returned(inputs.options), values, strict=True))
             if sources:
-                weights = [inputs.cotangents[name] for name in outputs]
-                found = torch.autograd.grad(list(outputs.values()), list(sources.values()), weights)
-                outputs |= {f"d{name}": x for name, x in zip(sources, found, strict=True)}
+                # Not every output has a cotangent: mLSTM's final state takes none.
+                weighted = [outputs[name] for name in inputs.cotangents]
+                weights = list(inputs.cotangents.values())
+                found = torch.autograd.grad(weighted, list(sources.values()), weights, allow_unused=True)
+                gradients = dict(zip(sources, found, strict=True))
         except Exception as error:
             return error
     for tensor in sources.values():
         tensor.requires_grad_(False)
+    outputs |= {f"d{name}": x for name, x in gradients.items() if x is not None}
     outputs = {name: x.detach() for name, x in outputs.items()}
-    return _Returned(outputs, any(not _same(a, b) for a, b in _pairs(inputs, untouched)))
+    changed = any(not _same(a, b) for a, b in _pairs(inputs, untouched))
+    return _Returned(outputs, changed, tuple(name for name, x in gradients.items() if x is None))
+
+
+def _arguments(inputs: Inputs, case: Case) -> tuple[torch.Tensor | None, ...]:
+    """The positional arguments; a tensor that the case leaves out, such as delta's gate, is None."""
+    return tuple(inputs.tensors.get(name) for name in family_of(case.family).inputs)
+
+
+def _given(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """All tensors of a call by name; those of a pair of initial states as "initial_state" and "initial_z"."""
+    found = {**inputs.tensors}
+    for name, value in inputs.options.items():
+        held = value if isinstance(value, tuple) else (value,)
+        names = (name, name.replace("state", "z"))
+        found |= {n: x for n, x in zip(names, held, strict=False) if isinstance(x, torch.Tensor)}
+    return found
 
 
 def _differentiated(inputs: Inputs, case: Case) -> dict[str, torch.Tensor]:
     """The tensors of the call that have a gradient, by name; none where the case has no cotangents."""
     if not inputs.cotangents:
         return {}
-    given = {**inputs.tensors, **inputs.options}
+    given = _given(inputs)
     return {name: given[name] for name in _problem(case).differentiated}
 
 
 def _pairs(a: Inputs, b: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    options = [key for key, value in a.options.items() if isinstance(value, torch.Tensor)]
-    return [(a.tensors[key], b.tensors[key]) for key in a.tensors] + [
-        (a.options[key], b.options[key]) for key in options
-    ]
+    return list(zip(_given(a).values(), _given(b).values(), strict=True))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -195,22 +220,30 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _problem(case: Case) -> Problem:
     inputs = make_inputs(case)
-    return family_of(case.family).problem(*inputs.tensors.values(), **inputs.options)
+    return family_of(case.family).problem(*_arguments(inputs, case), **inputs.options)
 
 
-def _exact(case: Case) -> dict[str, attnproof.Enclosure]:
+def _exact(case: Case, contract: Contract | None) -> dict[str, attnproof.Enclosure]:
     """Outputs, and gradients where the case has cotangents, with the radii of Arb.
+
+    Families with a state say element by element, in their budgets, what saw an input that is not finite; the
+    radius is infinite there.
 
     Raises:
         MutantError: for gradients of inputs that are not finite, which the contract leaves open.
     """
     inputs, options = make_inputs(case), make_inputs(case).options
-    found = attnproof.reference(case.family, *inputs.tensors.values(), arithmetic="arb", **options)
+    given = _arguments(inputs, case)
+    found = attnproof.reference(case.family, *given, arithmetic="arb", **options)
     values = found if isinstance(found, tuple) else (found,)
     exact = dict(zip(family_of(case.family).returned(options), values, strict=True))
+    problem = _problem(case)
+    if problem.nonfinite and SIGNATURES[case.family].stateful:
+        for name, budget in problem.budgets(exact, contract or Contract(family=case.family)).items():
+            value, radius = exact[name].value, exact[name].radius
+            exact[name] = attnproof.Enclosure(value, radius.masked_fill(budget.open, math.inf))
     if not inputs.cotangents:
         return exact
-    problem = _problem(case)
     if problem.nonfinite:
         raise MutantError(f"{case.id}: gradients of inputs that are not finite have no exact value")
     cotangents = {name: x.double() for name, x in inputs.cotangents.items()}

@@ -1,0 +1,520 @@
+"""The delta rule, with scalar decays (Gated DeltaNet), decays of channels (Kimi's KDA) or none (DeltaNet).
+
+    S' = e^{g_t} ∘ S_{t−1},   S_t = S' + β_t k_t (v_t − S'ᵀ k_t)ᵀ,   o_t = scale · q_tᵀ S_t
+
+Sources: Schlag et al., arXiv 2102.11174; Yang et al., arXiv 2406.06484 and 2412.06464; theory DN-1 to DN-4
+(the decay comes first, then the read). Gradients, from the last step to the first, with r = v_t − S'ᵀk_t:
+
+    dS_t += scale·q_t do_tᵀ,   u = dS_tᵀ k_t,   dβ = r·u,   dv = β u,   dk = β dS_t r − S' dv,
+    dS' = dS_t − k dvᵀ,   dg = Σ S' ∘ dS' over the axes that g lacks,   dS_{t−1} = e^{g_t} ∘ dS',
+
+and dq_t = scale·S_t do_t. Multiprecision arithmetics take these steps literally. Float64 enclosures are
+norm-wise (``arithmetic.normwise``), since componentwise ones explode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
+from attnproof.properties.arithmetic.enclosures import EPSILON, SLACK, Ball, EnclosureArithmetic
+from attnproof.properties.arithmetic.normwise import Adjoint, Recurrence, Stretch, growth
+from attnproof.properties.budgets.base import dtype_name
+from attnproof.properties.budgets.delta import DeltaErrors, DeltaLanes
+from attnproof.properties.budgets.propagation import Estimate
+from attnproof.properties.budgets.rounding import Roundings
+from attnproof.properties.budgets.stored import stored_budget, with_leaks
+from attnproof.properties.contract import Contract
+from attnproof.properties.families.arguments import finite, number
+from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
+from attnproof.properties.families.sequences import (
+    Sequences,
+    checked_gate,
+    checked_state,
+    checked_state_call,
+    flag,
+    state_dtype,
+)
+
+__all__ = ["DELTA", "DeltaProblem"]
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaProblem(Problem):
+    """Finite inputs of one call; non-finite entries are 0, gates of −inf apart.
+
+    Attributes:
+        q, k: (B, H, N, D); v: (B, H, N, E); beta: (B, H, N); g: (B, H, N), (B, H, N, D) or None.
+        initial_state: (S, H, D, E) for S sequences, or None.
+        scale: of the read.
+        sequences: which positions belong together.
+        with_state: whether the final states are an output.
+        closed_rows: bool (B, H, N), rows that see a non-finite input; closed_states: bool (S, H).
+        spoiled: whether any input holds NaN or an infinity that is no gate of −inf.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    beta: torch.Tensor
+    g: torch.Tensor | None
+    initial_state: torch.Tensor | None
+    scale: float
+    sequences: Sequences
+    with_state: bool
+    closed_rows: torch.Tensor
+    closed_states: torch.Tensor
+    spoiled: bool
+
+    row_shape = (1,)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """("o",) or ("o", "state")."""
+        return ("o", "state") if self.with_state else ("o",)
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Inputs that were given."""
+        names = ("q", "k", "v", "beta", "g", "initial_state")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype of q, k and v."""
+        return self.q.dtype
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether any input holds NaN or an infinity that is no gate of −inf."""
+        return self.spoiled
+
+    def row_axes(self, output: str) -> int:
+        """All but the last."""
+        return 3
+
+    def input_dtype(self, name: str) -> torch.dtype:
+        """Gates and states may be float32 beside half-precision inputs."""
+        dtype: torch.dtype = getattr(self, name).dtype
+        return dtype
+
+    def input_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a differentiated input."""
+        return tuple(getattr(self, name).shape)
+
+    def shape(self, output: str) -> tuple[int, ...]:
+        """(B, H, N, E), or (S, H, D, E) of the state."""
+        if output == "o":
+            return tuple(self.v.shape)
+        return (len(self.sequences), self.q.shape[1], self.q.shape[3], self.v.shape[3])
+
+    def lanes(self) -> DeltaLanes:
+        """The call with one lane a sequence and head; steps after a sequence's end change nothing."""
+        state = self.initial_state
+        if state is None:
+            state = torch.zeros(self.shape("state"))
+        return DeltaLanes(
+            q=self._lanes(self.q),
+            k=self._lanes(self.k),
+            v=self._lanes(self.v),
+            beta=self._lanes(self.beta),
+            g=None if self.g is None else self._lanes(self.g),
+            initial=state.detach().double().flatten(0, 1),
+            scale=self.scale,
+        )
+
+    def _lanes(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, …) as (S·H, longest sequence, …), float64, zeros after the ends."""
+        if not self.sequences.packed:
+            return x.detach().double().flatten(0, 1)
+        longest = max(stop - start for _, start, stop in self.sequences.segments)
+        wide = x.new_zeros((len(self.sequences), x.shape[1], longest, *x.shape[3:]), dtype=torch.float64)
+        for s, (_, start, stop) in enumerate(self.sequences.segments):
+            wide[s, :, : stop - start] = x[0, :, start:stop].detach()
+        return wide.flatten(0, 1)
+
+    def _places(self) -> tuple[list[int], list[int]]:
+        """Sequence, and offset in it, of every position of a packed call."""
+        spans = [(s, stop - start) for s, (_, start, stop) in enumerate(self.sequences.segments)]
+        return [s for s, n in spans for _ in range(n)], [i for _, n in spans for i in range(n)]
+
+    def _unpacked(self, x: Any) -> Any:
+        """The inverse of :meth:`_lanes`, of a tensor or an array of multiprecision numbers."""
+        heads = self.q.shape[1]
+        if not self.sequences.packed:
+            return x.reshape((self.sequences.batch, heads, *x.shape[1:]))
+        x = x.reshape((len(self.sequences), heads, *x.shape[1:]))
+        which, offset = self._places()
+        # Two index lists with an axis between them: their common axis comes first.
+        return x[which, :, offset].swapaxes(0, 1)[None]
+
+    def evaluate(self, arithmetic: Arithmetic[V], gauges: bool = False) -> dict[str, V]:
+        """o and the final states; with ``gauges`` also a lower bound of Σ_s |w_ts||v_s| of each."""
+        lanes = self.lanes()
+        if isinstance(arithmetic, EnclosureArithmetic):
+            found = cast("dict[str, V]", _norm_wise(lanes))
+        else:
+            steps = _steps(arithmetic, lanes)
+            rows = [
+                arithmetic.scaled(
+                    arithmetic.matmul(arithmetic.exact(lanes.q[:, t, None]), step.state), lanes.scale
+                )
+                for t, step in enumerate(steps)
+            ]
+            final = steps[-1].state if steps else arithmetic.exact(lanes.initial)
+            found = {"o": _joined(rows, arithmetic.exact(lanes.v[:, :0])), "state": final}
+        result = {"o": self._rows_of(found["o"])}
+        if self.with_state:
+            result["state"] = arithmetic.reshape(found["state"], self.shape("state"))
+        if gauges:
+            o, state = lanes.gauges()
+            result["gauge:o"] = arithmetic.exact(self._unpacked(o))
+            if self.with_state:
+                result["gauge:state"] = arithmetic.exact(state.reshape(self.shape("state")))
+        return result
+
+    def _rows_of(self, x: V) -> V:
+        """Per-step values of lanes as (B, H, N, …)."""
+        if isinstance(x, Ball):
+            assert x.radius is not None
+            return cast("V", Ball(self._unpacked(x.value), self._unpacked(x.radius)))
+        return cast("V", self._unpacked(x))
+
+    def differentiate(
+        self, arithmetic: Arithmetic[V], cotangents: Mapping[str, torch.Tensor]
+    ) -> dict[str, V]:
+        """Gradients by the formulas above; the final state's cotangent is the first dS."""
+        lanes = self.lanes()
+        do, last = self.cotangents(cotangents)
+        if isinstance(arithmetic, EnclosureArithmetic):
+            found = cast("dict[str, V]", _norm_wise_gradients(lanes, do, last))
+        else:
+            found = _gradients(arithmetic, lanes, do, last)
+        return self.in_place(arithmetic, found)
+
+    def in_place(self, arithmetic: Arithmetic[V], found: Mapping[str, V]) -> dict[str, V]:
+        """Gradients of lanes in the shapes of the inputs."""
+        result = {}
+        for name in self.differentiated:
+            x = found[f"d{name}"]
+            if name != "initial_state":
+                x = self._rows_of(x)
+            result[f"d{name}"] = arithmetic.reshape(x, self.input_shape(name))
+        return result
+
+    def cotangents(self, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cotangents of o (L, N, E) and of the final state (L, D, E); zeros for those not given."""
+        do = given.get("o")
+        last = given.get("state")
+        do = torch.zeros(self.shape("o")) if do is None else do
+        last = torch.zeros(self.shape("state")) if last is None else last
+        return self._lanes(do), last.detach().double().flatten(0, 1)
+
+    def split(self, rows: torch.Tensor) -> list[tuple[Problem, torch.Tensor]]:
+        """The whole problem, which has one unit."""
+        return [(self, torch.zeros(1, dtype=torch.int64))]
+
+    def fixed(self, output: str) -> dict[float, torch.Tensor]:
+        """No element is a limit that the recurrence leaves out."""
+        return {}
+
+    def undetermined(self) -> torch.Tensor:
+        """Never the whole unit: rows that see a non-finite input are open in the budgets."""
+        return torch.zeros(1, dtype=torch.bool)
+
+    def gauge(self, output: str, reference: Mapping[str, Enclosure]) -> torch.Tensor:
+        """A lower bound of Σ_s |w_ts||v_s|, the initial state's part included."""
+        bound = reference.get(f"gauge:{output}", reference[output])
+        return (bound.value.abs() - bound.radius).clamp(min=0.0)
+
+    def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
+        """Of o and the final states; see ``budgets.delta``."""
+        dtype = dtype_name(self.dtype)
+        found = DeltaErrors(self.lanes(), Roundings.of(contract, dtype)).outputs()
+        estimates = {"o": _each(found["o"], self._unpacked)}
+        if self.with_state:
+            estimates["state"] = _each(found["state"], lambda x: x.reshape(self.shape("state")))
+        stored = {"o": dtype, "state": dtype_name(state_dtype(self.dtype))}
+        budgets = {}
+        for name, estimate in estimates.items():
+            closed = broadcast_mask(self.closed_rows if name == "o" else self.closed_states, self.shape(name))
+            budgets[name] = stored_budget(estimate, reference[name].value, contract, stored[name], closed)
+        tainted = broadcast_mask(self.sequences.rows_of_states(self.closed_states), self.shape("o"))
+        return {**budgets, "o": with_leaks(budgets["o"], contract, tainted)}
+
+    def gradient_estimates(
+        self,
+        reference: Mapping[str, Enclosure],
+        contract: Contract,
+        cotangents: Mapping[str, torch.Tensor],
+    ) -> dict[str, Estimate]:
+        """Of every gradient; see ``budgets.delta``."""
+        errors = DeltaErrors(self.lanes(), Roundings.of(contract, dtype_name(self.dtype)))
+        found = errors.gradients(*self.cotangents(cotangents))
+        result = {}
+        for name in self.differentiated:
+            x = found[f"d{name}"]
+            x = x if name == "initial_state" else _each(x, self._unpacked)
+            shape = self.input_shape(name)
+            result[f"d{name}"] = _each(x, lambda y, shape=shape: y.reshape(shape))
+        return result
+
+    def vacuity(self, reference: Mapping[str, Enclosure], budgets: Mapping[str, Budget]) -> list[str]:
+        """Whether zeros would pass, or the mean of the values so far."""
+        budget, o = budgets["o"], reference["o"].value
+        judged = ~budget.open
+        if not bool(judged.any()):
+            return ["accuracy: nothing to judge"]
+        lanes = self._lanes(self.v)
+        count = torch.arange(1, lanes.shape[1] + 1, dtype=torch.float64)[:, None]
+        mean = self._unpacked(lanes.cumsum(1) / count)
+        reasons = []
+        for other, what in ((torch.zeros_like(o), "zero"), (mean, "the mean of the values so far")):
+            if bool((((o - other).abs() <= budget.certain) | ~judged).all()):
+                reasons.append(f"accuracy: {what} is within the budget of every row")
+        return reasons
+
+    def explain_row(self, output: str, row: tuple[int, ...]) -> str:
+        """Position, β‖k‖² and decay of a row; sequence, head and key channel of a state's row."""
+        if output != "o":
+            return "state of sequence {}, head {}, key channel {}".format(*row)
+        b, h, i = row
+        key = float(self.beta[b, h, i].double() * self.k[b, h, i].double().square().sum())
+        text = f"row (batch {b}, head {h}, position {i}) writes with beta·|k|² = {key:.3g}"
+        if self.g is None:
+            return text
+        gate = self.g[b, h, i].double().exp()
+        return f"{text}, decay {float(gate.min()):.3g} to {float(gate.max()):.3g}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What one step leaves for the adjoint: S', S_t, r and e^g in the arithmetic's values."""
+
+    decayed: Any
+    state: Any
+    read: Any
+    decay: Any
+
+
+def _each(x: Estimate, change: Any) -> Estimate:
+    parts = {f.name: getattr(x, f.name) for f in fields(x)}
+    return replace(x, **{n: change(p) for n, p in parts.items() if isinstance(p, torch.Tensor)})
+
+
+def _joined(parts: list[V], empty: V) -> V:
+    """Values (L, 1, X) of every step as (L, N, X), of an arithmetic whose values are arrays."""
+    if not parts:
+        return empty
+    return cast("V", np.concatenate(cast("list[Any]", parts), axis=1))
+
+
+def _steps(a: Arithmetic[V], x: DeltaLanes) -> list[_Step]:
+    """The recurrence, literally."""
+    state, steps = a.exact(x.initial), []
+    for t in range(x.k.shape[1]):
+        key, beta = a.exact(x.k[:, t, None]), a.exact(x.beta[:, t, None, None])
+        decay, decayed = None, state
+        if x.g is not None:
+            gate = x.gates[:, t, :, None]
+            decay = a.masked(a.exp(a.exact(finite(gate))), gate.isfinite())
+            decayed = a.mul(decay, state)
+        read = a.sub(a.exact(x.v[:, t, None]), a.matmul(key, decayed))
+        state = a.add(decayed, a.matmul(a.transpose(key), a.mul(beta, read)))
+        steps.append(_Step(decayed, state, read, decay))
+    return steps
+
+
+def _gradients(a: Arithmetic[V], x: DeltaLanes, do: torch.Tensor, last: torch.Tensor) -> dict[str, V]:
+    """The adjoint recurrence, literally."""
+    steps, ds = _steps(a, x), a.exact(last)
+    rows: dict[str, list[V]] = {name: [] for name in ("dq", "dk", "dv", "dbeta", "dg")}
+    for t in reversed(range(len(steps))):
+        step = steps[t]
+        key, beta = a.exact(x.k[:, t, None]), a.exact(x.beta[:, t, None, None])
+        query, cotangent = a.exact(x.q[:, t, None]), a.exact(do[:, t, None])
+        rows["dq"].append(a.scaled(a.matmul(cotangent, a.transpose(step.state)), x.scale))
+        ds = a.add(ds, a.scaled(a.matmul(a.transpose(query), cotangent), x.scale))
+        seen = a.matmul(key, ds)
+        rows["dbeta"].append(a.matmul(step.read, a.transpose(seen)))
+        written = a.mul(beta, seen)
+        rows["dv"].append(written)
+        by_read = a.mul(beta, a.matmul(step.read, a.transpose(ds)))
+        rows["dk"].append(a.sub(by_read, a.matmul(written, a.transpose(step.decayed))))
+        ds = a.sub(ds, a.matmul(a.transpose(key), written))
+        if x.g is not None:
+            product = a.transpose(a.sum(a.mul(step.decayed, ds)))
+            rows["dg"].append(product if x.wide else a.sum(product))
+            ds = a.mul(step.decay, ds)
+    sizes = {"dq": x.q, "dk": x.k, "dv": x.v, "dbeta": x.beta[..., None]}
+    if x.g is not None:
+        sizes["dg"] = x.gates
+    found = {n: _joined(rows[n][::-1], a.exact(like[:, :0])) for n, like in sizes.items()}
+    return {**found, "dinitial_state": ds}
+
+
+def _norm_wise(x: DeltaLanes) -> dict[str, Ball]:
+    """o and the final state by the float64 trajectory, with the norms of its errors for radii."""
+    run = Recurrence(x.k, x.v, x.beta, x.g, x.initial)
+    size = torch.linalg.vector_norm(x.q, dim=-1, keepdim=True) * SLACK
+    o, radius = torch.zeros_like(x.v), torch.zeros_like(x.v)
+    state, error = x.initial, torch.zeros_like(x.initial[:, 0])
+    for part in run.forward():
+        span = slice(part.start, part.stop)
+        o[:, span] = (x.q[:, span, None] @ part.states)[:, :, 0] * x.scale
+        own = part.error + growth(x.q.shape[-1] + 1) * part.norms
+        radius[:, span] = abs(x.scale) * size[:, span] * own
+        state, error = part.states[:, -1], part.error[:, -1]
+    radius = (radius + EPSILON * o.abs()) * SLACK + EPSILON**8
+    return {
+        "o": Ball(o, radius),
+        "state": Ball(state.clone(), error[:, None].expand_as(state).clone()),
+    }
+
+
+def _norm_wise_gradients(x: DeltaLanes, do: torch.Tensor, last: torch.Tensor) -> dict[str, Ball]:
+    """Gradients by the float64 trajectory and its adjoint, stretch by stretch."""
+    run = Recurrence(x.k, x.v, x.beta, x.g, x.initial)
+    shapes = {"dq": x.q, "dk": x.k, "dv": x.v, "dbeta": x.beta[..., None]}
+    if x.g is not None:
+        shapes["dg"] = x.gates
+    found = {n: Ball(torch.zeros_like(like), torch.zeros_like(like)) for n, like in shapes.items()}
+    adjoint = Ball(last, torch.zeros_like(last[:, 0]))
+    for part, back, earlier in run.backward(x.q * x.scale, do, last):
+        adjoint = earlier
+        span = slice(part.start, part.stop)
+        for name, (value, radius) in _stretch_gradients(x, do[:, span], part, back).items():
+            ball = found[name]
+            assert ball.radius is not None
+            ball.value[:, span] = value
+            ball.radius[:, span] = (radius + EPSILON * value.abs()) * SLACK + EPSILON**8
+    if x.g is not None:
+        kept = shapes["dg"].isfinite()
+        dg = found["dg"]
+        assert dg.radius is not None
+        found["dg"] = Ball(dg.value.where(kept, 0.0), dg.radius.where(kept, 0.0))
+    assert adjoint.radius is not None
+    radius = adjoint.radius[:, None].expand_as(adjoint.value)
+    return {**found, "dinitial_state": Ball(adjoint.value, radius)}
+
+
+def _stretch_gradients(
+    x: DeltaLanes, do: torch.Tensor, part: Stretch, back: Adjoint
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Values and radii (L, n, ·) of the gradients of some steps.
+
+    The error of an element of a column is at most the norm of the column's error.
+    """
+    span = slice(part.start, part.stop)
+    width, depth = x.v.shape[-1], x.k.shape[-1]
+    beta = x.beta[:, span, None]
+
+    def rows(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """matrix (L, n, D, E) times vector (L, n, E)."""
+        return (matrix @ vector[..., None])[..., 0]
+
+    def paired(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Σ a b over the last axis, (L, n, 1)."""
+        return (a * b).sum(-1, keepdim=True)
+
+    total, states, decayed = back.total.abs(), part.states.abs(), part.decayed.abs()
+    gamma = growth(width + 3)
+    dv = beta * back.seen
+    dv_error = beta.abs() * back.seen_error + EPSILON * dv.abs()
+    found = {"dv": (dv, dv_error)}
+    dq = rows(part.states, do) * x.scale
+    dq_error = paired(part.error, do.abs()) + gamma * rows(states, do.abs())
+    found["dq"] = (dq, abs(x.scale) * dq_error)
+    size = part.read.abs() + part.read_error
+    dk = beta * rows(back.total, part.read) - rows(part.decayed, dv)
+    by_read = paired(back.total_error, size) + rows(total, part.read_error + gamma * size)
+    by_state = paired(part.decayed_error, dv.abs() + dv_error)
+    by_state = by_state + rows(decayed, dv_error + gamma * dv.abs())
+    found["dk"] = (dk, beta.abs() * by_read + by_state)
+    dbeta_error = paired(part.read_error, back.seen.abs()) + paired(size, back.seen_error)
+    dbeta_error = dbeta_error + gamma * paired(part.read.abs(), back.seen.abs())
+    found["dbeta"] = (paired(part.read, back.seen), dbeta_error)
+    if x.g is None:
+        return found
+    product = part.decayed * back.decayed
+    if x.wide:
+        error = rows(back.decayed.abs(), part.decayed_error)
+        error = error + rows(decayed, back.decayed_error)
+        error = error + paired(part.decayed_error, back.decayed_error) + gamma * product.abs().sum(-1)
+        found["dg"] = (product.sum(-1), error)
+        return found
+    before, after = (torch.linalg.vector_norm(y, dim=-2) for y in (part.decayed, back.decayed))
+    error = paired(part.decayed_error, after + back.decayed_error) + paired(before, back.decayed_error)
+    error = error + growth(width * depth + 3) * product.abs().sum((-2, -1))[..., None]
+    found["dg"] = (product.sum((-2, -1))[..., None], error * (1.0 + growth(depth)))
+    return found
+
+
+class DeltaFamily(Family):
+    """``delta``: f(q, k, v, beta, g, *, scale, initial_state=None, cu_seqlens=None, return_state=False)."""
+
+    name = "delta"
+    inputs = ("q", "k", "v", "beta", "g")
+    required = ("scale",)
+    options = ("initial_state", "cu_seqlens", "return_state")
+    sequence = ("q", "k", "v", "beta", "g", "o")
+
+    def problem_outputs(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """("o",), or ("o", "state") with return_state."""
+        return ("o", "state") if options.get("return_state") else ("o",)
+
+    def output_dtype(self, output: str, dtype: str) -> str:
+        """The inputs' dtype for o, float32 (float64) for the state."""
+        if output == "o":
+            return dtype
+        return "float64" if dtype == "float64" else "float32"
+
+    def problem(self, *tensors: torch.Tensor, **options: Any) -> DeltaProblem:
+        """Check the call; q, k (B, H, N, D), v (B, H, N, E), beta (B, H, N), g (B, H, N[, D]) or None.
+
+        Raises:
+            ContractError: naming the argument, what it was and what the contract asks.
+        """
+        self.check_keywords(options)
+        if len(tensors) == len(self.inputs) - 1:
+            tensors = (*tensors, cast("torch.Tensor", None))
+        call = checked_state_call(self.name, tensors, self.inputs, options.get("cu_seqlens"))
+        beta, g = tensors[3], cast("torch.Tensor | None", tensors[4])
+        checked_gate("beta", beta, call, wide=False, decay=False)
+        if g is not None:
+            checked_gate("g", g, call)
+        initial = options.get("initial_state")
+        checked_state("initial_state", initial, call, (call.k.shape[-1], call.v.shape[-1]))
+        bad = call.bad_writes | ~beta.isfinite()
+        if g is not None:
+            wrong = g.isnan() | (g == torch.inf)
+            bad = bad | (wrong if wrong.dim() == 3 else wrong.any(-1))
+            g = g.masked_fill(wrong, 0.0)
+        sequences = call.sequences
+        poor = torch.zeros(len(sequences), call.q.shape[1], dtype=torch.bool)
+        if initial is not None:
+            poor = ~initial.isfinite().flatten(2).all(-1)
+        closed = call.bad_queries | sequences.closed(bad) | sequences.rows_of_states(poor)
+        states = sequences.closed_states(bad) | poor
+        return DeltaProblem(
+            q=finite(call.q),
+            k=finite(call.k),
+            v=finite(call.v),
+            beta=finite(beta),
+            g=g,
+            initial_state=None if initial is None else finite(initial),
+            scale=number("scale", options["scale"]),
+            sequences=sequences,
+            with_state=flag("return_state", options.get("return_state", False)),
+            closed_rows=closed,
+            closed_states=states,
+            spoiled=bool(closed.any() | states.any()),
+        )
+
+
+DELTA = DeltaFamily()

@@ -1,0 +1,110 @@
+"""Log weights of the mLSTM's quadratic form: D_ij = Σ_{j<t≤i} log σ(f_t) + i_j for j ≤ i.
+
+A row's own block of columns is summed entry by entry, each decay from its own gates, and columns before it by
+way of the block's first position. Nowhere is one long sum taken off another: the weights keep their relative
+accuracy after a gate of −1000, and a gate of −∞ makes the weights across it exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+
+from attnproof.properties.arithmetic.base import Arithmetic, V
+
+__all__ = ["BLOCK", "Gates", "Part", "after", "blocks", "log_forget", "log_weights"]
+
+BLOCK = 32
+"""Rows of a block; a power of two that keeps BLOCK³ exact additions cheap in every arithmetic."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """Pre-activations (B, H, N) of a call.
+
+    Attributes:
+        i: of the input gate, finite.
+        f: of the forget gate, finite, 0 where it was −∞.
+        cut: bool, where the forget gate was −∞ and the state before is forgotten.
+    """
+
+    i: torch.Tensor
+    f: torch.Tensor
+    cut: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Generic[V]):
+    """Log weights of some rows and of the columns ``start:stop``.
+
+    Attributes:
+        d: (B, H, rows, stop − start), any number where ``seen`` is False.
+        seen: bool, of d's shape.
+    """
+
+    start: int
+    stop: int
+    d: V
+    seen: torch.Tensor
+
+
+def blocks(length: int) -> Iterator[tuple[int, int]]:
+    """(first row, end) of every block of rows."""
+    for start in range(0, length, BLOCK):
+        yield start, min(start + BLOCK, length)
+
+
+def log_forget(a: Arithmetic[V], f: torch.Tensor) -> V:
+    """log σ(f) = min(f, 0) − log(1 + e^−|f|), of finite f."""
+    tail = a.exp(a.exact(-f.double().abs()))
+    return a.sub(a.exact(f.double().clamp(max=0.0)), a.log(a.add(tail, a.exact(torch.ones_like(f).double()))))
+
+
+def after(length: int) -> torch.Tensor:
+    """[t, j] is 1 where t > j: a row of numbers times it holds the sum of what comes after each."""
+    places = torch.arange(length)
+    return (places[:, None] > places[None, :]).double()
+
+
+def log_weights(a: Arithmetic[V], gates: Gates, first: int, stop: int) -> list[Part[V]]:
+    """D of the rows ``first`` to ``stop`` − 1, of one block: columns before the block, and in it."""
+    start = first // BLOCK * BLOCK
+    batch, heads = gates.f.shape[:2]
+    width, rows = stop - start, stop - first
+    places = torch.arange(start, stop)
+    chosen = torch.arange(first, stop)
+    own = a.reshape(log_forget(a, gates.f[..., start:stop]), (batch, heads, 1, width))
+    between = (places <= chosen[:, None, None]) & (places > places[None, :, None])
+    d = a.matmul(own, a.exact(between.double().reshape(rows * width, width).mT))
+    d = a.add(a.reshape(d, (batch, heads, rows, width)), _row(a, gates.i[..., start:stop]))
+    parts = [Part(start, stop, d, _seen(gates, chosen, start, stop))]
+    if start:
+        head = a.matmul(own, a.exact((places[:, None] <= chosen[None, :]).double()))
+        d = a.add(a.reshape(head, (batch, heads, rows, 1)), _tails(a, gates, start))
+        parts.insert(0, Part(0, start, d, _seen(gates, chosen, 0, start)))
+    return parts
+
+
+def _tails(a: Arithmetic[V], gates: Gates, start: int) -> V:
+    """Σ_{j<t<start} log σ(f_t) + i_j, (B, H, 1, start)."""
+    batch, heads = gates.f.shape[:2]
+    count = start // BLOCK
+    early = a.reshape(log_forget(a, gates.f[..., :start]), (batch, heads, count, BLOCK))
+    within = a.matmul(early, a.exact(after(BLOCK)))
+    totals = a.reshape(a.sum(early), (batch, heads, 1, count))
+    beyond = a.reshape(a.matmul(totals, a.exact(after(count))), (batch, heads, count, 1))
+    return a.add(a.reshape(a.add(within, beyond), (batch, heads, 1, start)), _row(a, gates.i[..., :start]))
+
+
+def _row(a: Arithmetic[V], i: torch.Tensor) -> V:
+    return a.exact(i.double()[:, :, None, :])
+
+
+def _seen(gates: Gates, chosen: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Columns that are not after a row and from which no gate of −∞ separates it."""
+    cuts = gates.cut.cumsum(-1)
+    same = cuts[:, :, chosen, None] == cuts[:, :, None, start:stop]
+    return same & (torch.arange(start, stop)[None, :] <= chosen[:, None])
