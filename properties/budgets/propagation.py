@@ -103,6 +103,7 @@ class Propagation(Arithmetic[Estimate]):
         if a is b:  # a square: its two factors err alike
             variance = 2.0 * variance
         variance = variance + u * u * MEAN_SQUARE * value.square()
+        variance = variance + self._underflow(a.size * b.size).double() ** 2 / 3.0
         return self._checked(value, certain, variance, _either(a.lost, b.lost, value))
 
     def div(self, a: Estimate, b: Estimate) -> Estimate:
@@ -209,7 +210,9 @@ class Propagation(Arithmetic[Estimate]):
         )
         square = a.value.square().sum(-1, keepdim=True)
         variance = a.spread.sum(-1, keepdim=True)
-        variance = variance + torch.where(terms > 1, self._summation(terms, square, value, total), 0.0)
+        even = a.value[..., ::2].sum(-1, keepdim=True)
+        partial = torch.maximum(value.abs(), torch.maximum(even.abs(), (value - even).abs()))
+        variance = variance + torch.where(terms > 1, self._summation(terms, square, partial, total), 0.0)
         lost = total >= self.r.largest / 2.0
         if a.lost is not None:
             lost = lost | a.lost.any(-1, keepdim=True)
