@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["attention_gradient_errors", "attention_gradient_estimates"]
 
 _LARGEST_EXPONENT = 700.0
+# Variances of δ by two ways that differ by less are not told apart.
+_APART = 4.0
 # Numbers that agree to this are rounded alike in every format.
 _SAME = 2.0**-24
 
@@ -166,10 +168,12 @@ def _delta(
     direct = a.sum(replace(a.masked(a.mul(own, dp), problem.seen), lost=dp.lost))
     marks = [x for x in (delta.lost, direct.lost) if x is not None]
     lost = None if not marks else torch.stack(marks).any(0)
+    # Σ p dP errs by the storage of dP as well: told apart where that is more than thresholds leave room for.
+    worse = direct.spread > _APART * delta.spread
     delta = replace(
         delta,
         certain=torch.maximum(delta.bound, direct.bound),
-        variance=torch.maximum(delta.spread, direct.spread),
+        variance=torch.where(worse, direct.spread, delta.spread),
         lost=lost,
     )
     if "lse" in cotangents:

@@ -176,7 +176,7 @@ COMPILED = {
 }
 # The oldest and the newest NVIDIA target, and AMD's, in turn: each family is compiled for two.
 TWO = (
-    ("sm_80", "gfx942"),
+    ("sm_90", "gfx942"),
     ("sm_100", "gfx942"),
     ("sm_80", "sm_90"),
     ("sm_90", "gfx942"),

@@ -204,7 +204,7 @@ def test_the_environment_of_the_moment_is_seen(monkeypatch: pytest.MonkeyPatch) 
     assert _end_of(parents[0])
 
 
-def _end_of(pid: int, seconds: float = 10.0) -> bool:
+def _end_of(pid: int, seconds: float = 60.0) -> bool:
     """Whether a process has ended, zombies included, or does so soon."""
     deadline = time.monotonic() + seconds
     while _is_alive(pid) and time.monotonic() < deadline:
