@@ -181,7 +181,9 @@ def test_random_numbers_of_an_import_differ(tmp_path: Path, monkeypatch: pytest.
     assert len(set(drawn)) == 4
 
 
-def test_the_environment_of_the_moment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_the_moment_is_seen(
+    new: nursery._Nurseries, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A variable that a library might read while it is loaded costs a new nursery; others do not."""
 
     def look(x: torch.Tensor) -> torch.Tensor:
