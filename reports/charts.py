@@ -106,7 +106,7 @@ def cells_data(summary: Summary) -> Columns:
             figures = [(cell.dtype, cell.worst_certain) for cell in cells]
             figures.append((ALL_DTYPES, worst(cell.worst_certain for cell in cells)))
             rows += [
-                (kernel.index, kernel.name, regime, dtype, _shade(value), ratio(value, digits=2))
+                (kernel.index, kernel.name, regime, dtype, shade(value), ratio(value, digits=2))
                 for dtype, value in figures
                 if value is not None
             ]
@@ -169,16 +169,19 @@ def _heat_map(y: str, rows: str) -> Layered:
             alt.Tooltip("label:N", title="worst error/certain"),
         ],
     )
+    return shaded(base).transform_filter(rows).properties(width={"step": 46}, height={"step": 22})
+
+
+def shaded(base: alt.Chart) -> Layered:
+    """Rectangles coloured by the column "shade" (:func:`shade`), each with its "label"."""
     opacity = alt.Scale(domain=[0, SHADE_DECADES], range=[0.06, 0.75])
     rectangle = base.mark_rect(stroke="currentColor", strokeOpacity=0.15).encode(
         color=alt.condition("datum.shade > 0", alt.value(BEYOND), alt.value(WITHIN)),
         fillOpacity=alt.FillOpacity("strength:Q", legend=None, scale=opacity),
     )
     label = base.mark_text(fontSize=10).encode(text="label:N")
-    layered = (
-        alt.layer(rectangle, label).transform_filter(rows).transform_calculate(strength="abs(datum.shade)")
-    )
-    return layered.properties(width={"step": 46}, height={"step": 22})
+    layered: Layered = alt.layer(rectangle, label).transform_calculate(strength="abs(datum.shade)")
+    return layered
 
 
 def _scatter(x: str, title: str, dtypes: Sequence[str]) -> Layered:
@@ -232,7 +235,8 @@ def _bounded(value: float) -> float:
     return float(f"{10 ** log10_clipped(value, math.log10(RATIO_LOW), math.log10(RATIO_HIGH)):.3g}")
 
 
-def _shade(value: float | None) -> float:
+def shade(value: float | None) -> float:
+    """log10 of a ratio, clipped: 0 for 1 and for None, beyond it positive."""
     return 0.0 if value is None else round(log10_clipped(value, -SHADE_DECADES, SHADE_DECADES), 3)
 
 

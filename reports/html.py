@@ -37,6 +37,9 @@ DETAIL_LIMIT = 6000
 TABLE_ROWS_LIMIT = 400
 """Rows of a finding's series that a page shows as a table."""
 
+OPEN_ROWS = 30
+"""Rows of a table that is shown unfolded where there is no chart above it."""
+
 BUNDLE_ENTRY = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -64,6 +67,7 @@ def render(events: Iterable[Event], path: Path) -> Path:
         .stream(
             summary=summary,
             findings=findings,
+            claims=_by_subject(findings),
             title=_title(summary),
             kernels_drawn=frozenset(data["cells"]["index"]),
             point_groups=sorted({point.example for point in summary.points}),
@@ -87,6 +91,15 @@ def _title(summary: Summary) -> str:
 
 def _dtypes(kernels: tuple[KernelSummary, ...]) -> list[str]:
     return sorted({cell.dtype for kernel in kernels for cell in kernel.cells})
+
+
+def _by_subject(findings: Iterable[FindingView]) -> list[list[FindingView]]:
+    """Claims of the ledger by subject, in the order in which subjects come up."""
+    groups: dict[str, list[FindingView]] = {}
+    for view in findings:
+        if view.finding.id:
+            groups.setdefault(view.finding.subject, []).append(view)
+    return list(groups.values())
 
 
 def _finding_view(finding: Finding, specs: dict[str, Any], data: dict[str, Any]) -> FindingView:
@@ -122,6 +135,7 @@ def _environment() -> jinja2.Environment:
         titles=_series_titles,
     )
     environment.globals["counted"] = wording.counted
+    environment.globals["OPEN_ROWS"] = OPEN_ROWS
     environment.globals["TABLE_ROWS_LIMIT"] = TABLE_ROWS_LIMIT
     return environment
 

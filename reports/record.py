@@ -35,7 +35,7 @@ __all__ = [
     "read_record",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class RecordError(ValueError):
@@ -229,14 +229,31 @@ class Counterexample(msgspec.Struct, frozen=True, tag="counterexample"):
 
 
 class Finding(msgspec.Struct, frozen=True, tag="finding"):
-    """A fact established by the run that is not about one kernel: a claim checked, a calibration."""
+    """A fact established by the run that is not about one kernel: a claim checked, a calibration.
+
+    Attributes:
+        verdict: HOLDS, SUPPORTED, REFUTED, CONDITIONAL or OPEN; UNVERIFIED where the check itself failed.
+        id: of a claim of the ledger, such as "SPL-6"; empty for other findings, as all that follows.
+        subject: heading of the ledger; kind: of evidence; covers: other ids that it settles.
+        counterexample: of a refuted or conditional claim, in lines.
+        command: that computes the finding again; seconds: that this took.
+        seed: of what was drawn at random.
+    """
 
     name: str
-    status: str
+    verdict: str
     statement: str
     source: str
     evidence: str
     series: tuple[Series, ...] = ()
+    id: str = ""
+    subject: str = ""
+    kind: str = ""
+    covers: tuple[str, ...] = ()
+    counterexample: str = ""
+    command: str = ""
+    seconds: float = 0.0
+    seed: int | None = None
 
 
 class RunFinished(msgspec.Struct, frozen=True, tag="run-finished"):

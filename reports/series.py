@@ -8,8 +8,17 @@ from typing import Any
 
 import altair as alt
 
-from attnproof.reports.charts import DTYPE_COLOURS, Columns, dtype_order, log_axis, specification
+from attnproof.reports.charts import (
+    DTYPE_COLOURS,
+    Columns,
+    dtype_order,
+    log_axis,
+    shade,
+    shaded,
+    specification,
+)
 from attnproof.reports.record import Series
+from attnproof.reports.wording import ratio
 
 __all__ = ["series_chart"]
 
@@ -27,6 +36,8 @@ def series_chart(series: Series, name: str) -> tuple[dict[str, Any], Columns] | 
     """
     if series.chart == "table" or series.x not in series.columns:
         return None
+    if series.chart == "matrix":
+        return _matrix(series, name)
     counted = series.chart == "histogram" and series.y not in series.columns
     columns = _histogram(series) if counted else series.columns
     if series.y not in columns or not any(map(_is_number, columns[series.y])):
@@ -41,6 +52,24 @@ def series_chart(series: Series, name: str) -> tuple[dict[str, Any], Columns] | 
     if "threshold" in columns and series.chart == "histogram":
         layers.append(_thresholds(base, field, series))
     return specification(alt.layer(*layers).properties(width="container", height=240)), rows
+
+
+def _matrix(series: Series, name: str) -> tuple[dict[str, Any], Columns] | None:
+    """Cells named by two columns, shaded by the distance of the third from 1 as heat maps are."""
+    if not {series.y, series.color} <= series.columns.keys():
+        return None
+    figures = series.columns[series.color]
+    rows = _drawable(series.columns, [])
+    rows["shade"] = [shade(value) if _is_number(value) else None for value in figures]
+    rows["label"] = [ratio(value, digits=2) if _is_number(value) else "" for value in figures]
+    field = {column: f"c{place}" for place, column in enumerate(series.columns)}
+    plain = alt.Axis(grid=False)
+    base = alt.Chart(alt.NamedData(name)).encode(
+        x=alt.X(f"{field[series.x]}:N", title=None, sort=None, axis=alt.Axis(orient="top", labelAngle=0)),
+        y=alt.Y(f"{field[series.y]}:N", title=None, sort=None, axis=plain),
+        tooltip=[alt.Tooltip(place, type="nominal", title=column) for column, place in field.items()],
+    )
+    return specification(shaded(base).properties(width={"step": 96}, height={"step": 22})), rows
 
 
 def _positions(series: Series, field: dict[str, str], rows: Columns) -> dict[str, Any]:

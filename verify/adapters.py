@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from attnproof.kernels import delta, gated_linear, linear, retention, rwkv6
 from attnproof.kernels.softmax import attention_split
 from attnproof.properties.contract import contract_of, promises
 
-__all__ = ["attention_split_in_three"]
+__all__ = [
+    "HANDED_OVER",
+    "attention_split_in_three",
+    "delta_handed_over",
+    "gated_linear_handed_over",
+    "linear_handed_over",
+    "retention_handed_over",
+    "rwkv6_handed_over",
+]
 
 _SPLIT = contract_of(attention_split)
 assert _SPLIT is not None
@@ -21,3 +33,50 @@ def attention_split_in_three(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``attention_split`` with three splits however few keys there are, so that small cases merge too."""
     return attention_split(q, k, v, splits=3, **options)
+
+
+def _along_the_sequence(family: str, tensors: tuple[Any, ...]) -> list[bool]:
+    """Which positional tensors have positions: all but the bonus of RWKV-6, and gates left out."""
+    return [x is not None and not (family == "rwkv6" and place == 4) for place, x in enumerate(tensors)]
+
+
+def _handed_over(first: Callable[..., Any], later: Callable[..., Any]) -> Callable[..., Any]:
+    """A sequence in four calls, of ``first`` and ``later`` in turn, each from the state of the one before.
+
+    The second of them and the last get no positions at all: an empty part must hand over what it was given.
+    """
+    declared = contract_of(first)
+    assert declared is not None
+    options = tuple(name for name in declared.options if name not in ("cu_seqlens", "causal"))
+    contract = replace(declared, options=options)
+
+    @promises(contract)
+    @functools.wraps(first)
+    def handed_over(
+        *tensors: Any, initial_state: Any = None, return_state: bool = False, **keywords: Any
+    ) -> Any:
+        length, state, outputs = tensors[2].shape[2], initial_state, []
+        cuts = (0, length // 3, length // 3, length, length)
+        sliced = _along_the_sequence(contract.family, tensors)
+        for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            part = [x[:, :, start:stop] if along else x for x, along in zip(tensors, sliced, strict=True)]
+            kernel = later if number % 2 else first
+            o, *states = kernel(*part, initial_state=state, return_state=True, **keywords)
+            state = tuple(states) if len(states) > 1 else states[0]
+            outputs.append(o)
+        o = torch.cat(outputs, 2)
+        if not return_state:
+            return o
+        return (o, *state) if isinstance(state, tuple) else (o, state)
+
+    return handed_over
+
+
+linear_handed_over = _handed_over(linear.attention, linear.recurrent)
+gated_linear_handed_over = _handed_over(gated_linear.attention, gated_linear.recurrent)
+retention_handed_over = _handed_over(retention.recurrent, retention.attention)
+rwkv6_handed_over = _handed_over(rwkv6.attention, rwkv6.recurrent)
+delta_handed_over = _handed_over(delta.recurrent, delta.attention)
+
+HANDED_OVER = tuple(name for name in __all__ if name.endswith("handed_over"))
+"""Names of the adapters that split a sequence and hand its state over."""

@@ -37,17 +37,18 @@ from typing import Any
 
 import msgspec
 
+from attnproof import healthy_states
 from attnproof.calibration_finding import Placed, calibration_finding
 from attnproof.campaign import Campaign
 from attnproof.gradient_alarms import gradient_cases
-from attnproof.properties.case import Case
+from attnproof.properties.case import Case, case_states
 from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.regimes import REGIMES, plan
 from attnproof.properties.signatures import SIGNATURES
 from attnproof.reach import beyond, measure_reach, reach_series
 from attnproof.reports.record import CaseJudged, Finding
 from attnproof.statistics import ANY_CLASS, Thresholds, stored_thresholds, threshold_key
-from attnproof.suite import default_device
+from attnproof.suite import STATE_FORMS, default_device
 from attnproof.tails import tail
 from attnproof.targets import Importable, resolve
 from attnproof.trials import Subject
@@ -94,6 +95,8 @@ IMPLEMENTATIONS = (
         for family in _SCORE_FAMILIES
         for kind in ("autograd", "stored")
     ),
+    *(f"attnproof.kernels.{family}:{form}" for family, forms in STATE_FORMS.items() for form in forms),
+    *(f"attnproof.healthy_states:{name}" for name in healthy_states.__all__),
 )
 HELD_OUT_SEED = 20261122
 
@@ -101,6 +104,7 @@ HELD_OUT_SEED = 20261122
 _EMULATED_SHARE = 0.35
 _LONG_SHARE = 0.05
 # What torch autograd computes is judged by its gradients in most cases, of which many are small.
+_WITH_GRADIENTS = ("attnproof.healthy_gradients:", "attnproof.healthy_states:")
 _GRADIENT_SHARE, _GRADIENT_WORK = 0.8, 2**18
 _LONG = (1024, 2048, 3000, 4096)
 _LONG_ROWS = 4
@@ -153,7 +157,7 @@ def _name(target: str) -> str:
     """How the record calls an implementation; the suite's kernels, all called attention, by their family."""
     module, _, name = target.partition(":")
     family = module.rpartition(".")[2]
-    return f"{family}.{name}" if family in _SCORE_FAMILIES else name
+    return f"{family}.{name}" if family in (*_SCORE_FAMILIES, *STATE_FORMS) else name
 
 
 def _contract(target: str) -> Contract:
@@ -173,38 +177,44 @@ def held_out(targets: Sequence[str] = IMPLEMENTATIONS, seed: int = HELD_OUT_SEED
         apart = contract.family == "softmax" and _name(target) in _SOFTMAX_GRADIENTS
         families[f"{contract.family} gradients" if apart else contract.family].append(target)
     draw = random.Random(seed)
+    # Families with a state came later; the draws of the others stay what they were.
+    order = sorted(families, key=lambda name: (SIGNATURES[name.split()[0]].stateful, name))
     return tuple(
         target
-        for _, members in sorted(families.items())
+        for members in map(families.__getitem__, order)
         for target in sorted(draw.sample(members, max(1, round(len(members) / 3))))
     )
 
 
 def sampled(event: CaseJudged) -> Sample:
     """The sample of a judged case, numbers to four digits."""
-    outputs = {}
+    outputs, case = {}, Case.parse(event.case.id)
     for name, n in event.outputs.items():
         numbers = (n.row_probable, n.rms_probable, n.bias, n.worst_certain)
         row, output, bias, certain = (float(f"{min(number, _INFINITE):.4g}") for number in numbers)
-        rows = n.judged // max(1, _width(event.case.shape, name, event.case.family))
+        rows = n.judged // max(1, _width(case, name))
         outputs[name] = (row, output, bias, certain, rows)
     return Sample(event.kernel, event.case.id, event.verdict, outputs)
 
 
-def _width(shape: Mapping[str, int], output: str, family: str) -> int:
-    """Elements in a row of an output."""
-    form = SIGNATURES[family]
+def _width(case: Case, output: str) -> int:
+    """Elements in a row of an output: along its last axis, if it has one beyond those of rows."""
+    form = SIGNATURES[case.family]
     if output == "y":
-        return shape["N"] if family == "softmax_rows" else 1
+        return case["N"] if case.family == "softmax_rows" else 1
     name = output.removeprefix("d")
+    if form.stateful:
+        state = name.removeprefix("initial_")
+        states = {**case_states(case), **form.outputs}
+        axes = states[state] if state in states else case.axes_of(name)
+        assert axes is not None, f"{case.id} has no {output}"
+        return form.shape(axes[-1:], case.all_sizes)[0]
     if output in ("lse", "dsinks", "dbeta", "dlam"):
         return 1
-    axis = (
-        "N"
-        if name in ("bias", "alpha")
-        else (form.tensors if name in form.tensors else form.outputs)[name][-1]
-    )
-    return form.shape((axis,), shape)[0]
+    if name in ("bias", "alpha"):
+        return case["N"]
+    axes = (form.tensors if name in form.tensors else form.outputs)[name]
+    return form.shape(axes[-1:], case.sizes)[0]
 
 
 def _statistics(sample: Sample) -> Iterator[tuple[str, dict[str, float]]]:
@@ -213,7 +223,7 @@ def _statistics(sample: Sample) -> Iterator[tuple[str, dict[str, float]]]:
     regime_class = REGIMES[case.regime].regime_class
     for name, (row, output, bias, _, rows) in sample.outputs.items():
         if rows and output > 0.0:
-            width = _width(case.sizes, name, case.family)
+            width = _width(case, name)
             found = {"row": row, "output": output}
             if rows >= _BIASED_ROWS and case.view != "broadcast" and not name.startswith("d"):
                 found["bias"] = abs(bias)
@@ -290,7 +300,7 @@ def plans(targets: Sequence[str], cases: int, seed: int) -> list[tuple[Subject, 
         count = cases if device == "cpu" else math.ceil(cases * _EMULATED_SHARE)
         subject = Subject(_name(target), Importable(target), contract, device)
         chosen = _long_cases(contract, int(count * _LONG_SHARE), seed)
-        if ".healthy_gradients:" in target:
+        if target.startswith(_WITH_GRADIENTS):
             stream = gradient_cases(contract, seed, _GRADIENT_WORK)
             chosen += itertools.islice(stream, int(count * _GRADIENT_SHARE))
         batch = 0
@@ -326,6 +336,9 @@ def _long_cases(contract: Contract, count: int, seed: int) -> list[Case]:
             options = {"return_lse": True} if "return_lse" in contract.options else {}
             if contract.family == "scaled_head":
                 options["pool"] = (1, 3)
+        elif SIGNATURES[contract.family].stateful:
+            # Recurrences of torch take a step a position, and all positions are rows.
+            shape = {"B": 1, "H": 2, "N": min(length, 1024), "D": 32, "E": 32}
         elif contract.family == "easy":
             shape = {"B": 1, "H": 1, "N": min(length, 1024), "E": 16}
         found.append(
@@ -383,8 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sample in samples:
         if reason := _alarm(sample, thresholds):
             print(f"{sample.kernel} {sample.case}\n  {reason}")
-    print(f"{finding.status}: {finding.evidence}; {len(thresholds)} thresholds")
-    return 0 if finding.status == "SUPPORTED" else 1
+    print(f"{finding.verdict}: {finding.evidence}; {len(thresholds)} thresholds")
+    return 0 if finding.verdict == "SUPPORTED" else 1
 
 
 def _finding(samples: Sequence[Sample], held: Iterable[str], thresholds: Mapping[str, Thresholds]) -> Finding:

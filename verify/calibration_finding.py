@@ -59,7 +59,7 @@ def calibration_finding(
     ]
     return Finding(
         name="calibration of the probable budget",
-        status="SUPPORTED" if not false else "REFUTED",
+        verdict="SUPPORTED" if not false else "REFUTED",
         statement="No healthy implementation exceeds a threshold: estimated at most 1e-6 a case.",
         source="nox -s calibrate; record in verify/data/calibration.jsonl.gz",
         evidence=(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import multiprocessing
 import multiprocessing.connection
 import os
 import platform
@@ -23,6 +22,7 @@ from typing import Any
 import msgspec
 import torch
 
+from attnproof.processes import context, without_main
 from attnproof.properties.case import Case
 from attnproof.reports.record import (
     SCHEMA_VERSION,
@@ -96,7 +96,7 @@ class Campaign:
     plan: Sequence[tuple[Subject, Sequence[Item]]]
     command: str
     seed: int = 0
-    findings: Sequence[Finding] = ()
+    findings: Iterable[Finding] = ()
     jobs: int = 2
     limits: Limits = field(default_factory=Limits)
     seconds: float | None = None
@@ -132,10 +132,10 @@ class Campaign:
             for start in range(0, len(cases), _UNIT)
         ]
         units.reverse()
-        context = multiprocessing.get_context("spawn")
+        spawning = context()
         # A worker is started ahead only where another kernel follows.
         spares = int(len(self.plan) > 1)
-        jobs = [_Job(context, self.limits, spares) for _ in range(max(1, min(self.jobs, len(units))))]
+        jobs = [_Job(spawning, self.limits, spares) for _ in range(max(1, min(self.jobs, len(units))))]
         try:
             for job in jobs:
                 job.next_unit(units)
@@ -167,7 +167,8 @@ class _Job:
         self._process = self._context.Process(
             target=_judge_process, args=(theirs, self._limits, self._spares)
         )
-        self._process.start()
+        with without_main():
+            self._process.start()
         theirs.close()
 
     def next_unit(self, units: list[tuple[Subject, list[Item]]]) -> None:

@@ -16,7 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from attnproof.reports.record import CaseJudged, Event, KernelJudged, KernelStarted, RecordError, RunFinished
+from attnproof.claims_command import claims
+from attnproof.rendering import LOG_WIDTH, UsageError, render_events, require_writable
+from attnproof.reports.record import (
+    CaseJudged,
+    Event,
+    Finding,
+    KernelJudged,
+    KernelStarted,
+    RecordError,
+    RunFinished,
+)
 
 __all__ = ["app", "main"]
 
@@ -28,15 +38,12 @@ app = typer.Typer(
     help="Prove an attention kernel right, or show the smallest input on which it is wrong.",
 )
 
+app.command()(claims)
+
 Handler = Callable[[Event], None]
 DEFAULT_PAGE = Path("reports/out/index.html")
 DEFAULT_SCRIPT = Path("attnproof-failure.py")
 DATABASE = Path(".hypothesis/examples")  # Hypothesis's own default
-_WIDTH = 150  # of a log, where there is no terminal
-
-
-class UsageError(ValueError):
-    """An argument that cannot be used; printed as one line, exit code 2."""
 
 
 def main() -> None:
@@ -103,11 +110,15 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of all inputs.", min=0)] = 0,
     jobs: Annotated[int, typer.Option(help="Judge processes.", min=1)] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds that one call may take.", min=0.1)] = 60.0,
+    with_claims: Annotated[
+        bool, typer.Option("--claims/--no-claims", help="Check the theory ledger too, if nothing is chosen.")
+    ] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Judge kernels over regimes, dtypes, sizes and options; leave a record and an HTML report."""
     from attnproof.campaign import Campaign, Limits
     from attnproof.planning import default_plan, findings, target_subjects
+    from attnproof.reports.record import read_record
 
     chosen = target_subjects(
         targets or [],
@@ -124,18 +135,18 @@ def verify(
     record = json or page.with_suffix(".jsonl")
     for path in (page, record, junit, sarif):
         if path is not None:
-            _writable(path)
+            require_writable(path)
     campaign = Campaign(
         plan=plan,
         command="attnproof " + " ".join(sys.argv[1:]),
         seed=seed,
-        findings=[] if targets else findings(),
+        findings=() if targets else findings(family or (), jobs, claims=with_claims and not family),
         jobs=jobs,
         limits=Limits(timeout=timeout),
         seconds=time_limit or (3600.0 if thorough else None),
     )
     finished = _run(campaign.run(), record, sum(len(cases) for _, cases in plan), progress)
-    _render(record, page, junit, sarif)
+    render_events(list(read_record(record)), page, junit, sarif)
     Console().print(f"report {page}   record {record}")
     raise typer.Exit(finished.exit_code)
 
@@ -180,7 +191,7 @@ def fuzz(
         table["precision"] = pairs  # type: ignore[assignment]
     for path in (script, json, html, junit, sarif):
         if path is not None:
-            _writable(path)
+            require_writable(path)
     subject = make_subject(target, family, _split(dtypes), _split(options), None, device, table)
     if gradients and "cotangents" not in subject.options:
         raise UsageError(f"--gradients: family {family!r} has none, or differentiable=false is declared")
@@ -196,7 +207,7 @@ def fuzz(
     )
     finished = _search(search.run(), json, script)
     if html or junit or sarif:
-        _render_events(finished, html, junit, sarif)
+        render_events(finished, html, junit, sarif)
     last = finished[-1]
     assert isinstance(last, RunFinished)
     raise typer.Exit(last.exit_code)
@@ -222,7 +233,7 @@ def report(
             raise UsageError(f"record {path}: no such file")
         events += read_record(path)
     if html or junit or sarif:
-        _render_events(events, html, junit, sarif)
+        render_events(events, html, junit, sarif)
     if markdown or not (html or junit or sarif):
         print(markdown_report.render(events))
 
@@ -260,14 +271,14 @@ def _run(events: Iterator[Event], record: Path, planned: int, progress: bool) ->
     last: Event | None = None
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_WIDTH)
+        console = Console(width=LOG_WIDTH)
     rows: list[KernelJudged] = []
     examples: set[str] = set()
     with RecordWriter(record) as writer, _progress_bar(console, planned, progress) as advance:
         for event in events:
             writer.write(event)
             last = event
-            if isinstance(event, CaseJudged):
+            if isinstance(event, (CaseJudged, Finding)):
                 advance(event)
             elif isinstance(event, KernelStarted) and event.example:
                 examples.add(event.kernel)
@@ -285,7 +296,9 @@ def _run(events: Iterator[Event], record: Path, planned: int, progress: bool) ->
 
 
 @contextlib.contextmanager
-def _progress_bar(console: Console, planned: int, shown: bool) -> Iterator[Callable[[CaseJudged], None]]:
+def _progress_bar(
+    console: Console, planned: int, shown: bool
+) -> Iterator[Callable[[CaseJudged | Finding], None]]:
     if not shown:
         yield lambda event: None
         return
@@ -293,8 +306,11 @@ def _progress_bar(console: Console, planned: int, shown: bool) -> Iterator[Calla
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting workers", total=planned)
 
-        def advance(event: CaseJudged) -> None:
-            bar.update(task, advance=1, description=f"{event.kernel} {event.case.regime}"[:36])
+        def advance(event: CaseJudged | Finding) -> None:
+            if isinstance(event, Finding):
+                bar.update(task, description=event.name[:36])
+            else:
+                bar.update(task, advance=1, description=f"{event.kernel} {event.case.regime}"[:36])
 
         yield advance
 
@@ -312,35 +328,6 @@ def _table(rows: list[KernelJudged], examples: set[str]) -> Table:
         listed = "yes" if row.as_expected else "[bold red]NO[/]"
         table.add_row(name, row.verdict, listed, *map(str, counts), f"{row.seconds:.1f}")
     return table
-
-
-def _render(record: Path, html: Path | None, junit: Path | None, sarif: Path | None) -> None:
-    from attnproof.reports.record import read_record
-
-    _render_events(list(read_record(record)), html, junit, sarif)
-
-
-def _render_events(events: list[Event], html: Path | None, junit: Path | None, sarif: Path | None) -> None:
-    from attnproof.reports import html as html_report
-    from attnproof.reports import junit as junit_report
-    from attnproof.reports import sarif as sarif_report
-
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html_report.render(events, html)
-    if junit is not None:
-        junit.write_text(junit_report.render(events))
-    if sarif is not None:
-        sarif.write_text(sarif_report.render(events))
-
-
-def _writable(path: Path) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; give the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path}: its folder cannot be made ({error.strerror})") from None
 
 
 def _one_value_a_flag(arguments: list[str]) -> list[str]:

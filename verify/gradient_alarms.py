@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -86,15 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=10_000, help="for each family")
     parser.add_argument("--seed", type=int, default=7000, help="apart from those of calibration")
     parser.add_argument("--jobs", type=int, default=2, help="judge processes")
-    parser.add_argument("--write", action="store_true", help=f"write verify/data/{_RECORD}")
+    parser.add_argument("--write", action="store_true", help=f"store these families in verify/data/{_RECORD}")
     chosen = parser.parse_args(arguments)
-    rows = [_counted(family, chosen) for family in chosen.families or FAMILIES]
+    path = Path(__file__).parent / "data" / _RECORD
+    rows = {family: _counted(family, chosen) for family in chosen.families or FAMILIES}
     finding = _finding(rows, chosen.seed)
+    print(f"{finding.verdict}: {finding.evidence}")
     if chosen.write:
-        content = msgspec.json.format(msgspec.json.encode(finding)) + b"\n"
-        (Path(__file__).parent / "data" / _RECORD).write_bytes(content)
-    print(f"{finding.status}: {finding.evidence}")
-    return 0 if finding.status == "SUPPORTED" else 1
+        merged = _finding({**_stored(path), **rows}, chosen.seed)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(merged)) + b"\n")
+    return 0 if finding.verdict == "SUPPORTED" else 1
 
 
 def _counted(family: str, chosen: argparse.Namespace) -> Counter[str]:
@@ -114,24 +115,34 @@ def _counted(family: str, chosen: argparse.Namespace) -> Counter[str]:
                 print(event.kernel, event.case.id, event.failures[0].reason, sep="\n  ")
     counts["cases"] = sum(counts.values())
     print(f"{family}: {counts['cases']} cases, {counts['FAIL']} alarms", flush=True)
-    counts["family"] = FAMILIES.index(family)
     return counts
 
 
-def _finding(rows: Sequence[Counter[str]], seed: int) -> Finding:
-    names = [FAMILIES[row["family"]] for row in rows]
-    columns: dict[str, list[Any]] = {
-        "family": names,
-        "cases": [row["cases"] for row in rows],
-        "false alarms": [row["FAIL"] for row in rows],
-        "unverified": [row["UNVERIFIED"] for row in rows],
+# The stored finding's columns, and what each counts.
+_COLUMNS = {"cases": "cases", "false alarms": "FAIL", "unverified": "UNVERIFIED"}
+
+
+def _stored(path: Path) -> dict[str, Counter[str]]:
+    """Counts of families in the stored finding, so that one family can be counted again."""
+    if not path.is_file():
+        return {}
+    columns = msgspec.json.decode(path.read_bytes(), type=Finding).series[0].columns
+    return {
+        family: Counter({kind: columns[column][place] for column, kind in _COLUMNS.items()})
+        for place, family in enumerate(columns["family"])
     }
-    wrong = sum(row["FAIL"] + row["UNVERIFIED"] for row in rows)
-    total = sum(row["cases"] for row in rows)
-    least = min(row["cases"] for row in rows)
+
+
+def _finding(rows: Mapping[str, Counter[str]], seed: int) -> Finding:
+    names = [family for family in FAMILIES if family in rows]
+    columns: dict[str, list[Any]] = {"family": names}
+    for column, kind in _COLUMNS.items():
+        columns[column] = [rows[family][kind] for family in names]
+    wrong = sum(columns["false alarms"]) + sum(columns["unverified"])
+    total, least = sum(columns["cases"]), min(columns["cases"])
     return Finding(
         name="false alarms on gradients",
-        status="SUPPORTED" if not wrong else "REFUTED",
+        verdict="SUPPORTED" if not wrong else "REFUTED",
         statement="Torch autograd with float32 internals, rounded once, or with P, dP and dS in the inputs' "
         "dtype, is never accused.",
         source="attnproof.gradient_alarms",

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 
 import msgspec
 
 from attnproof.campaign import InvariantAt, Item
+from attnproof.equivalence import equal_forms
 from attnproof.interface import make_subject
 from attnproof.invariance import places
+from attnproof.ledger import chosen, run
 from attnproof.outcomes import CallRequest, Raised, Returned
 from attnproof.properties.case import Case
-from attnproof.properties.claims import (
-    batch_normalised,
-    delta,
-    easy,
-    gated_linear,
-    linear,
-    scaled_head,
-    sigmoid,
-    sigmoid_rows,
-    sigmoid_tanh,
-    state_errors,
-    worked_example,
-)
 from attnproof.properties.contract import ContractError
 from attnproof.properties.families import FAMILIES, family_of
 from attnproof.properties.regimes import plan
 from attnproof.properties.regimes.opening import opening
-from attnproof.reports.record import Finding, Series
-from attnproof.suite import subjects
+from attnproof.reports.record import Finding
+from attnproof.suite import STATE_FORMS, subjects
 from attnproof.targets import TargetError
 from attnproof.trials import Subject, judge_case
 from attnproof.workers import WorkerPool
@@ -45,13 +34,10 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     "softmax": 160,
     "logsumexp": 80,
     "softmax_rows": 80,
+    **dict.fromkeys(STATE_FORMS, 24),
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
 }
 _STORED = ("calibration", "gradient_alarms", "detection")
-_CLAIMS = (
-    *(worked_example, sigmoid, sigmoid_rows, batch_normalised, scaled_head, easy),
-    *(linear, gated_linear, delta, state_errors),
-)
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 # Cases at which each invariant is put to a kernel.
@@ -173,21 +159,19 @@ def default_plan(
     return planned
 
 
-def findings() -> list[Finding]:
-    """Claims checked in every run (the worked example, those on score families), and those of stored runs."""
-    from attnproof.emulator.ops_foreign import ptx_function
+def findings(families: Sequence[str] = (), jobs: int = 2, *, claims: bool = True) -> Iterator[Finding]:
+    """What a run of the suite tells beside its kernels, as it is found.
 
-    name = "tanh.approx.f32"
-    checked = [claim for module in _CLAIMS for claim in module.findings()]
-    tanh = ptx_function(name)
-    assert tanh is not None
-    checked.append(sigmoid_tanh.tanh_form(tanh=tanh, name=f"the emulator's {name}"))
-    told = []
-    for claim in checked:
-        fields = asdict(claim)
-        table = fields.pop("table")
-        told.append(Finding(**fields, series=(Series(claim.name, "table", table, "row", "column"),)))
-    return told + [stored for name in _STORED if (stored := _stored_finding(name)) is not None]
+    Equal forms of families (all if none are named) against each other; findings of long runs that are stored
+    with the package; the theory ledger, quickly, if ``claims``.
+    """
+    yield from equal_forms(families, jobs)
+    for name in _STORED:
+        stored = _stored_finding(name)
+        if stored is not None:
+            yield stored
+    if claims:
+        yield from run(chosen((), None), "quick", jobs)
 
 
 def _stored_finding(name: str) -> Finding | None:

@@ -15,7 +15,7 @@ from attnproof.properties.contract import Contract, contract_of
 from attnproof.targets import Importable, resolve
 from attnproof.trials import Subject
 
-__all__ = ["ENTRIES", "Entry", "default_device", "subjects"]
+__all__ = ["ENTRIES", "STATE_FORMS", "Entry", "default_device", "subjects"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Entry:
 _KERNELS = "attnproof.kernels"
 _EXAMPLES = f"{_KERNELS}.examples"
 
+STATE_FORMS = {
+    "linear": ("attention", "parallel", "recurrent"),
+    "gated_linear": ("attention", "recurrent"),
+    "retention": ("attention", "parallel", "recurrent"),
+    "rwkv6": ("attention", "recurrent"),
+    "mlstm": ("attention", "attention_recurrent"),
+    "delta": ("attention", "recurrent"),
+}
+"""Kernels of families with a state: each form by its name in ``attnproof.kernels``."""
+
 ENTRIES: tuple[Entry, ...] = (
     Entry("logsumexp", f"{_KERNELS}.logsumexp:logsumexp"),
     Entry("softmax_rows", f"{_KERNELS}.softmax_rows:softmax_rows"),
@@ -39,6 +49,16 @@ ENTRIES: tuple[Entry, ...] = (
     *(
         Entry(f"{family}.attention", f"{_KERNELS}.{family}:attention")
         for family in ("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy")
+    ),
+    *(
+        Entry(f"{family}.{form}", f"{_KERNELS}.{family}:{form}")
+        for family, forms in STATE_FORMS.items()
+        for form in forms
+    ),
+    *(
+        Entry(f"{family}.handed_over", f"attnproof.adapters:{family}_handed_over")
+        for family in STATE_FORMS
+        if family != "mlstm"  # which begins without a state
     ),
     Entry("examples.unshifted_logsumexp", f"{_EXAMPLES}.logsumexp:unshifted_logsumexp", "unshifted"),
     Entry("examples.unshifted_softmax_rows", f"{_EXAMPLES}.softmax_rows:unshifted_softmax_rows", "unshifted"),

@@ -30,7 +30,9 @@ def ledger() -> dict[str, Claim]:
             if claim.kind not in KINDS:
                 raise ValueError(f"{claim.id}: kind {claim.kind!r} must be one of {', '.join(KINDS)}")
             if (claim.control is None) != (claim.kind == "none"):
-                raise ValueError(f"{claim.id}: a claim has a control unless nothing can be checked (kind 'none')")
+                raise ValueError(
+                    f"{claim.id}: a claim has a control unless nothing can be checked (kind 'none')"
+                )
             found[claim.id] = claim
     return dict(sorted(found.items(), key=lambda pair: (pair[1].subject, _order(pair[0]))))
 

@@ -1,37 +1,41 @@
 """Claims about attention on batch-normalised queries and keys: what centring does and what it leaves alone.
 
 Scores are compared in exact rationals: two that differ by one number along each row have the same softmax.
-The oracle's enclosures of the family are held against those of softmax attention. Theory.md PD-2.
+The oracle's enclosures of the family are held against those of softmax attention.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Final
 
+import flint
 import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
-from attnproof.properties.claims.base import ClaimFinding
+from attnproof.properties.claims.base import Claim, ClaimFinding
 from attnproof.properties.oracle import reference
 
 __all__ = [
+    "CLAIMS",
     "Draw",
     "agree",
     "apart",
+    "as_polynomials",
     "centring",
     "common_shift",
     "draws",
-    "findings",
     "outputs",
     "same_softmax",
 ]
 
 Matrix = Sequence[Sequence[Fraction]]
-_SOURCE = "Nguyen et al. 2023, arXiv 2406.13781, Attention-BN (theory.md PD-2)"
+_SUBJECT = "primal-dual framework"
+_SOURCE = "Nguyen et al., arXiv 2406.13781 (ICLR 2023), Attention-BN, from memory"
+_SEED = 0
 _EPS = 0.25
 # Queries, keys (a power of two, so that their mean is a float64 number) and width of the calls compared.
 _SIZES = (4, 8, 3)
@@ -101,7 +105,7 @@ def same_softmax(a: Matrix, b: Matrix) -> bool:
 
 def draws(count: int = 4) -> Iterator[Draw]:
     """Calls with keys off centre, β = 1, 1/2, −3/4, 2, and again."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(_SEED)
     m, n, d = _SIZES
 
     def multiples(rows: int, width: int) -> torch.Tensor:
@@ -112,17 +116,40 @@ def draws(count: int = 4) -> Iterator[Draw]:
         yield Draw(multiples(m, d), multiples(n, d) + 0.5, multiples(n, 2), beta)
 
 
-def centring(chosen: Sequence[Draw] | None = None) -> ClaimFinding:
-    """Is centring keys alone without effect, and Attention-BN without variance softmax with a key bias?"""
+def as_polynomials(keys: int, sign: int = 1) -> bool:
+    """Whether both identities hold as polynomials in q, k_1 … k_N and β, over the rationals.
+
+    Scores are sums over coordinates, so one coordinate proves any number of them.
+
+    Args:
+        keys: N.
+        sign: of the key bias −β μ k_j; −1 breaks the formula.
+    """
+    names = ("q", "beta", *(f"k{j}" for j in range(keys)))
+    q, beta, *k = flint.fmpq_mpoly_ctx.get(names, "lex").gens()
+    mean = sum(k[1:], k[0]) * flint.fmpq(1, keys)
+    alone = {str(q * (x - beta * mean) - q * x) for x in k}
+    biased = {str((q - beta * mean) * (x - beta * mean) - (q * x - sign * beta * mean * x)) for x in k}
+    return len(alone) == 1 and len(biased) == 1
+
+
+def centring(chosen: Sequence[Draw] | None = None, sign: int = 1) -> ClaimFinding:
+    """Is centring keys alone without effect, and Attention-BN without variance softmax with a key bias?
+
+    Args:
+        chosen: calls; :func:`draws` if left out.
+        sign: of the key bias −βμ·k_j; −1 breaks the formula.
+    """
     tried = list(draws()) if chosen is None else chosen
     names = ("keys centred alone", "key bias −βμ·k_j", "oracle, key bias")
     holds = dict.fromkeys(names, 0)
     effects, radius = [], 0.0
     for draw in tried:
         plain, both = draw.scores(0, 0), draw.scores(draw.beta, draw.beta)
-        biased = [[x + y for x, y in zip(row, draw.key_bias(), strict=True)] for row in plain]
+        key_bias = [sign * x for x in draw.key_bias()]
+        biased = [[x + y for x, y in zip(row, key_bias, strict=True)] for row in plain]
         found = draw.normalised(variance=False)
-        bias = torch.tensor([float(x) for x in draw.key_bias()], dtype=torch.float64).reshape(1, 1, 1, -1)
+        bias = torch.tensor([float(x) for x in key_bias], dtype=torch.float64).reshape(1, 1, 1, -1)
         same = draw.softmax(bias=bias)
         outcomes = (
             same_softmax(draw.scores(0, draw.beta), plain),
@@ -133,14 +160,13 @@ def centring(chosen: Sequence[Draw] | None = None) -> ClaimFinding:
             holds[name] += outcome
         radius = max(radius, float((found.radius + same.radius).max()))
         effects.append(apart(found, draw.softmax()))
-    good = all(count == len(tried) for count in holds.values())
+    proved = [n for n in (1, 2, 3, 4) if as_polynomials(n, sign)]
+    good = len(proved) == 4 and all(count == len(tried) for count in holds.values())
     return ClaimFinding(
-        name="batch-normalised: what centring does",
         status="HOLDS" if good else "REFUTED",
-        statement="Centring keys alone changes nothing: the scores of a row all move by q·μ. Attention-BN "
-        "without variance is softmax attention with the key bias −β μ·k_j, which centring the queries adds.",
-        source=_SOURCE,
-        evidence=f"of {len(tried)} calls: "
+        evidence="as polynomials in q, k_j and β the scores differ by one number along a row for N in "
+        f"{proved}, "
+        f"of 1 to 4; of {len(tried)} calls: "
         + ", ".join(f"{name} {count}" for name, count in holds.items())
         + f"; scores in exact rationals, outputs enclosed to {radius:.1g}. Without that bias outputs differ "
         f"by {min(effects):.3g} to {max(effects):.3g} at least",
@@ -148,6 +174,36 @@ def centring(chosen: Sequence[Draw] | None = None) -> ClaimFinding:
             "β": [str(draw.beta) for draw in tried],
             "largest difference from softmax attention, at least": effects,
         },
+        counterexample="" if good else _first_difference(tried[0], sign),
+        seed=_SEED,
+    )
+
+
+def _first_difference(draw: Draw, sign: int) -> str:
+    """The first row's scores, centred and biased, whose differences are not one number."""
+    both = draw.scores(draw.beta, draw.beta)[0]
+    biased = [x + sign * y for x, y in zip(draw.scores(0, 0)[0], draw.key_bias(), strict=True)]
+    apart_by = ", ".join(str(x - y) for x, y in zip(both, biased, strict=True))
+    return f"β = {draw.beta}, first query: centred scores less biased ones are {apart_by}: not one number"
+
+
+def two_keys(beta: Fraction) -> Draw:
+    """q = 0 and keys 0 and 2, of width 1: the smallest call that a common shift of 2 can change."""
+    q, k, v = (
+        torch.tensor(x, dtype=torch.float64).reshape(1, 1, -1, 1) for x in ([0.0], [0.0, 2.0], [0.0, 1.0])
+    )
+    return Draw(q, k, v, beta)
+
+
+def _shifted_scores(beta: Fraction) -> str:
+    before = two_keys(beta)
+    after = Draw(before.q + 2, before.k + 2, before.v, beta)
+    told = [[str(x) for x in draw.scores(beta, beta)[0]] for draw in (before, after)]
+    return (
+        f"β = {beta}, without variance, width 1, scale 1: q = 0, keys 0 and 2, μ = 1: scores "
+        f"(q − βμ)(k − βμ) = {', '.join(told[0])}.\nAll of them raised by 2: q = 2, keys 2 and 4, μ = 3: "
+        "scores "
+        f"{', '.join(told[1])}.\nThe second score less the first changes, and the weights with it."
     )
 
 
@@ -168,12 +224,9 @@ def common_shift(chosen: Sequence[Draw] | None = None, shift: float = 2.0) -> Cl
     else:
         status = "HOLDS" if otherwise <= {True} else "CONDITIONAL"
     moved = [difference for beta, _, _, difference in rows if beta != 1.0]
+    learned = next((draw.beta for draw in tried if draw.beta != 1), Fraction(1))
     return ClaimFinding(
-        name="batch-normalised: a common shift of queries and keys",
         status=status,
-        statement="Attention-BN is unchanged when one vector is added to all queries and keys; softmax "
-        "attention is not.",
-        source=_SOURCE,
         evidence="with β = 1, q − μ and k − μ do not know of the shift: "
         + ("enclosures agree" if kept == {True} else "but enclosures are apart")
         + ", with and without variance. With a learned β ≠ 1 the query keeps (1 − β) of it"
@@ -183,9 +236,37 @@ def common_shift(chosen: Sequence[Draw] | None = None, shift: float = 2.0) -> Cl
             title: [row[i] for row in rows]
             for i, title in enumerate(("β", "variance", "unchanged", "difference, at least"))
         },
+        counterexample="" if status == "HOLDS" else _shifted_scores(learned),
+        seed=_SEED,
     )
 
 
-def findings() -> list[ClaimFinding]:
-    """Both findings, as every run shows them."""
-    return [centring(), common_shift()]
+def _beta_one() -> list[Draw]:
+    return [replace(draw, beta=Fraction(1)) for draw in draws()]
+
+
+CLAIMS: Final = (
+    Claim(
+        id="PD-2a",
+        subject=_SUBJECT,
+        title="what centring does",
+        statement="Centring the keys alone changes nothing, since the scores of a row all move by β q·μ. "
+        "Attention-BN without variance, softmax_j((q − βμ)·(k_j − βμ)) v_j with μ the mean key, is softmax "
+        "attention with the key bias −β μ·k_j, which centring the queries adds.",
+        source=_SOURCE,
+        kind="exact",
+        check=lambda lab: centring(list(draws(lab.choose(4, 12)))),
+        control=lambda _: centring(sign=-1),
+    ),
+    Claim(
+        id="PD-2b",
+        subject=_SUBJECT,
+        title="a common shift of queries and keys",
+        statement="Attention-BN is unchanged when one vector is added to all queries and keys; softmax "
+        "attention is not.",
+        source=_SOURCE,
+        kind="enclosure",
+        check=lambda lab: common_shift(list(draws(lab.choose(4, 12)))),
+        control=lambda _: common_shift(_beta_one()),
+    ),
+)

@@ -1,105 +1,63 @@
-"""Claims about linear attention: equal forms, ranks, recall, costs, vanishing normalisers. Theory.md "
-"LIN-1 to 7.
+"""Claims about linear attention: equal forms, weights that sum to one, normalisers that vanish.
+
+Katharopoulos et al., arXiv 2006.16236; Based's and ReBased's maps as flash-linear-attention's plain code has
+them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import flint
 import numpy as np
+import torch
 
-from attnproof.properties.arithmetic.balls import _precision
-from attnproof.properties.claims.base import ClaimFinding
+from attnproof.properties.claims.base import Claim, ClaimFinding
+from attnproof.properties.claims.equal_forms import LENGTH, Row, compared, equality, row
 from attnproof.properties.forms import linear
-from attnproof.properties.forms.base import Array, difference
-from attnproof.properties.forms.numbers import Tally, counted, rationals
+from attnproof.properties.forms.base import Array
+from attnproof.properties.forms.numbers import rationals
 
 __all__ = [
-    "LENGTH",
-    "Run",
-    "compared",
-    "costs",
+    "CLAIMS",
+    "associativity",
+    "averages",
     "equal_forms",
-    "equality",
-    "findings",
-    "full_rank",
-    "kernel_of_the_state",
-    "recall",
-    "row",
+    "feature_widths",
+    "lower_bound",
+    "positive_in_float32",
     "vanishing",
+    "weights_sum_to_one",
 ]
 
-LENGTH = 19
-"""Positions of the exact comparisons: chunks of 3 and of 16 have a ragged tail."""
-
-Run = Callable[[str | int, slice, Any], tuple[Array, Any]]
-"""A family's form ("recurrent", "parallel", or a chunk's length) over a slice of its inputs, from a state."""
-
-Row = tuple[str, str, int, bool, float]
-_SOURCE = "theory.md {}"
-_BITS = 1024
+# What fast-transformers adds to the denominator.
+EPSILON = flint.fmpq(1, 10**6)
 
 
-def _arrays(result: Any) -> list[Array]:
-    """The arrays of a nested tuple of arrays and numbers."""
-    if isinstance(result, tuple):
-        return [array for part in result for array in _arrays(part)]
-    return [np.asarray(result, dtype=object).reshape(-1)]
-
-
-def compared(variant: str, run: Run, length: int = LENGTH, *, parallel: bool = True) -> list[Row]:
-    """Every form against the recurrence, and the state handed over at every split, the empty ones included.
-
-    The second part runs in another form (chunks of 3) than the first. Rows: variant, form, numbers compared,
-    whether all are equal, largest difference.
-    """
-    whole = slice(0, length)
-    reference = run("recurrent", whole, None)
-    forms: list[str | int] = [*(["parallel"] if parallel else []), 1, 3, 16, length]
-    rows = [
-        row(variant, form if isinstance(form, str) else f"C = {form}", reference, [run(form, whole, None)])
-        for form in forms
-    ]
-    handed = []
-    for split in range(length + 1):
-        first, state = run("recurrent", slice(0, split), None)
-        second, state = run(3, slice(split, length), state)
-        handed.append((np.concatenate([first, second]), state))
-    return [*rows, row(variant, "handed over at every split", reference, handed)]
-
-
-def row(variant: str, form: str, reference: Any, results: Iterable[Any]) -> Row:
-    """One comparison: each of ``results`` (nested tuples of arrays) with ``reference``, number by number."""
-    pairs = [pair for result in results for pair in zip(_arrays(reference), _arrays(result), strict=True)]
-    apart = [difference(x, y) for x, y in pairs]
-    return (variant, form, sum(x.size for x, _ in pairs), all(d == 0 for d in apart), float(max(apart)))
-
-
-def equality(name: str, statement: str, source: str, rows: Sequence[Row]) -> ClaimFinding:
-    """HOLDS if every comparison is exactly equal."""
-    wrong = [f"{variant}, {form}: {apart:.3g}" for variant, form, _, same, apart in rows if not same]
-    variants = list(dict.fromkeys(row[0] for row in rows))
-    titles = ("variant", "form", "numbers compared", "equal", "largest difference")
-    return ClaimFinding(
-        name=name,
-        status="REFUTED" if wrong else "HOLDS",
-        statement=statement,
-        source=source,
-        evidence=f"{sum(row[2] for row in rows)} rational numbers of {len(rows)} comparisons over "
-        f"{len(variants)} variants: " + ("differs in " + "; ".join(wrong[:5]) if wrong else "no difference"),
-        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
-    )
-
-
-def equal_forms(length: int = LENGTH) -> ClaimFinding:
-    """Are the forms of linear attention equal over the rationals, with a normaliser and without?"""
-    rng = np.random.default_rng(1)
+def _inputs(length: int, seed: int) -> tuple[Array, Array, Array]:
+    """q, k (N, 4), v (N, 3); one channel is positive, or ReLU may leave a row without any weight."""
+    rng = np.random.default_rng(seed)
     q, k, v = (rationals(rng, length, width) for width in (4, 4, 3))
-    # One positive channel, or ReLU may leave a row without any weight.
     q[:, 0], k[:, 0] = abs(q[:, 0]) + 1, abs(k[:, 0]) + 1
+    return q, k, v
+
+
+def _ahead(q: Array, k: Array, v: Array, *, normalize: bool) -> tuple[Array, Any]:
+    """The parallel form with a mask that lets a row see one position ahead."""
+    weights = np.tril(q @ k.T, 1)
+    o = weights @ v
+    return (o / weights.sum(axis=1)[:, None] if normalize else o), (k.T @ v, k.sum(axis=0))
+
+
+def equal_forms(length: int = LENGTH, *, ahead: bool = False) -> ClaimFinding:
+    """Are the forms of linear attention equal over the rationals, with a normaliser and without?
+
+    Args:
+        ahead: give the parallel form a wrong mask.
+    """
+    q, k, v = _inputs(length, 1)
     rows: list[Row] = []
     for name, normalize in itertools.product(linear.FEATURES, (False, True)):
         mapped = linear.features(q, k, name, root=2)
@@ -109,218 +67,297 @@ def equal_forms(length: int = LENGTH) -> ClaimFinding:
             plain = normalize  # noqa: B023
             if isinstance(form, int):
                 return linear.chunkwise(x, y, z, state, chunk=form, normalize=plain)
+            if ahead and form == "parallel":
+                return _ahead(x, y, z, normalize=plain)
             one = linear.recurrent if form == "recurrent" else linear.parallel
             return one(x, y, z, state, normalize=plain)
 
         rows += compared(f"{name}{', normalised' if normalize else ''}", run, length)
-    return equality(
-        "linear attention: equal forms",
-        "Linear attention's recurrent, parallel and chunkwise forms are equal for every chunk length, with a "
-        "normaliser and without, and a state handed over anywhere changes nothing.",
-        _SOURCE.format("LIN-1, LIN-6"),
-        rows,
-    )
+    return equality(rows, seed=1)
 
 
-def full_rank(sizes: Sequence[int] = (8, 12, 16)) -> ClaimFinding:
-    """Is the matrix e^(q_i k_j) of full rank for n distinct numbers, and a feature map's not?"""
-    rows, wrong = [], []
-    for n in sizes:
-        points = [flint.fmpq(2 * i - n + 1, n - 1) for i in range(n)]
-        with _precision(_BITS):
-            entries = [[(flint.arb(x) * flint.arb(y)).exp() for y in points] for x in points]
-            determinant = flint.arb_mat(entries).det()
-        # q_i = i, k_j = j log 2: an integer matrix.
-        whole = flint.fmpz_mat([[flint.fmpz(2) ** (i * j) for j in range(n)] for i in range(n)]).det()
-        floats = np.array([[float(x.mid()) for x in row] for row in entries])
-        x = np.array([[point] for point in points], dtype=object)
-        a, b = linear.features(x, x, "taylor")
-        mapped = flint.fmpq_mat([list(map(flint.fmpq, row)) for row in a @ b.T]).rank()
-        if not (determinant > 0 and whole > 0 and mapped == a.shape[1]):
-            wrong.append(n)
-        rows.append((n, float(determinant.mid()), int(np.linalg.matrix_rank(floats)), mapped))
-    titles = ("n", "determinant, equispaced in [−1, 1]", "rank by float64", "rank of 1 + x + x²/2")
-    misled = [row[0] for row in rows if row[2] < row[0]]
-    return ClaimFinding(
-        name="linear attention: no finite feature map is softmax's",
-        status="REFUTED" if wrong else "HOLDS",
-        statement="n distinct numbers give a matrix e^(q_i k_j) of full rank n, so no feature map of a "
-        "finite "
-        "width has its weights for every n; a map of width F gives rank F at most.",
-        source="derived: the kernel e^(xy) is strictly totally positive; " + _SOURCE.format("LIN-3"),
-        evidence=f"determinants proved positive in balls of {_BITS} bits, and in integers for q_i = i, "
-        f"k_j = j·log 2, at n = {list(sizes)}: smallest {min(row[1] for row in rows):.3g}; float64 takes the "
-        f"matrix for rank-deficient at n = {misled}; the Taylor map of width 3 has rank "
-        f"{sorted({row[3] for row in rows})}" + (f"; wrong at n = {wrong}" if wrong else ""),
-        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
-    )
+def associativity(length: int = 9, *, causal: bool = False) -> ClaimFinding:
+    """(QKᵀ)V against Q(KᵀV) for every rational feature map.
 
-
-def _exact_recall_error(n: int, width: int = 4) -> flint.fmpq:
-    """Mean of ‖Sᵀk_1 − v_1‖² over all keys ±1/√width (a rational root), v of norm 1."""
-    root = flint.fmpq(int(width**0.5))
-    values = [[flint.fmpq(a, 5), flint.fmpq(b, 5)] for a, b in ((3, 4), (5, 0), (-4, 3), (0, -5))]
-    v = np.array([values[j % 4] for j in range(n)], dtype=object)
-    signs = list(itertools.product((1, -1), repeat=width))
-    total, count = flint.fmpq(0), 0
-    # The first key is all ones: turning signs of a channel in all keys changes no product.
-    for others in itertools.product(signs, repeat=n - 1):
-        k = np.array([(1,) * width, *others], dtype=object) / root
-        _, (state, _) = linear.parallel(k, k, v)
-        off = k[0] @ state - v[0]
-        total, count = total + off @ off, count + 1
-    return total / count
-
-
-def recall(lengths: Sequence[int] = (16, 64, 256), width: int = 64, trials: int = 24) -> ClaimFinding:
-    """Is the mean square error of recall (n − 1)/d for random unit keys? Exactly for signs, sampled else."""
-    exact = {n: _exact_recall_error(n) == flint.fmpq(n - 1, 4) for n in (1, 2, 3)}
-    rng = np.random.default_rng(2)
-    rows, outside = [], []
-    for n in lengths:
-        found = []
-        for _ in range(trials):
-            k = rng.standard_normal((n, width))
-            k /= np.sqrt((k * k).sum(axis=1, keepdims=True))
-            v = rng.choice((-1.0, 1.0), (n, width))
-            found.append(float(((k @ (k.T @ v) - v) ** 2).mean()))
-        mean, deviation = float(np.mean(found)), float(np.std(found) / trials**0.5)
-        if abs(mean - (n - 1) / width) > 5 * deviation:
-            outside.append(n)
-        rows.append((n, mean, deviation, (n - 1) / width))
-    told = "; ".join(f"n = {n}: {mean:.4f} ± {s:.4f} for {due:.4f}" for n, mean, s, due in rows)
-    titles = ("n", "mean square error of recall", "standard error", "(n − 1)/d")
-    return ClaimFinding(
-        name="linear attention: error of recall",
-        status="REFUTED" if outside or not all(exact.values()) else "SUPPORTED",
-        statement="Reading the unnormalised state with one of n random unit keys of width d gives its value "
-        "with a mean square error of (n − 1)/d of the value's.",
-        source="derived: E(k·k')² = 1/d; " + _SOURCE.format("LIN-4"),
-        evidence="exactly (n − 1)/4 over all keys of signs of width 4 for n in "
-        f"{[n for n in exact if exact[n]]}; "
-        f"sampled on the sphere of width {width}, {trials} draws: {told}",
-        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
-    )
-
-
-def kernel_of_the_state(
-    shapes: Sequence[tuple[int, int, int]] = ((3, 4, 2), (6, 3, 2), (9, 2, 3)),
-) -> ClaimFinding:
-    """How many dimensions of V does the state lose? The rank of V → S over the rationals, (n, d_k, d_v)."""
-    rng, rows = np.random.default_rng(3), []
-    for n, d, e in shapes:
-        for dependent in (False, True):
-            k = rationals(rng, n, d)
-            if dependent:
-                k[:, -1] = 2 * k[:, 0]
-            columns = []
-            for place in range(n * e):
-                v = np.zeros(n * e, dtype=object)
-                v[place] = flint.fmpq(1)
-                _, (state, _) = linear.parallel(k, k, v.reshape(n, e))
-                columns.append([flint.fmpq(x) for x in state.flat])
-            rank_of_keys = flint.fmpq_mat([list(row) for row in k]).rank()
-            lost = n * e - flint.fmpq_mat(columns).rank()
-            rows.append((n, d, e, rank_of_keys, lost, (n - rank_of_keys) * e))
-    wrong = [row for row in rows if row[4] != row[5]]
-    titles = ("n", "d_k", "d_v", "rank of K", "dimensions of V lost", "(n − rank K)·d_v")
-    return ClaimFinding(
-        name="linear attention: what the state forgets",
-        status="REFUTED" if wrong else "HOLDS",
-        statement="For given keys the state KᵀV loses exactly (n − rank K)·d_v dimensions of the n·d_v of V.",
-        source="derived; " + _SOURCE.format("LIN-4"),
-        evidence=f"ranks over the rationals of {len(rows)} maps V → S, lost: "
-        + ", ".join(f"{row[4]} of {row[0] * row[2]}" for row in rows),
-        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
-    )
-
-
-def _operations(n: int, d: int, *, by_state: bool) -> int:
-    tally = Tally()
-    linear.quadratic(*(counted(tally, n, d) for _ in range(3)), by_state=by_state)
-    return tally.products + tally.sums
-
-
-def costs(widths: Sequence[int] = (2, 4, 8)) -> ClaimFinding:
-    """From which N on does the state cost fewer operations than the weights? Counted in the forms."""
-    rows, wrong = [], []
-    for d in widths:
-        even = next(
-            n
-            for n in range(1, 4 * d)
-            if _operations(n, d, by_state=True) <= _operations(n, d, by_state=False)
-        )
-        for n in (even // 2, even, 2 * even, 4 * even):
-            state, pairs = (_operations(n, d, by_state=way) for way in (True, False))
-            rows.append((d, n, state, pairs))
-            if (state < pairs) is not (n > d) or (state == pairs) is not (n == d):
-                wrong.append((d, n))
-        tally = Tally()
-        q, k, v = (counted(tally, d) for _ in range(3))
-        linear.step(q, k, v, (counted(tally, d, d), counted(tally, d)), normalize=True)
-        rows.append((d, 1, tally.products + tally.sums, 0))
-    steps = ", ".join(f"{row[2]} at d = {row[0]}" for row in rows if not row[3])
-    titles = ("d", "N", "operations by the state", "by the matrix of weights")
-    kept = [row for row in rows if row[3]]
-    return ClaimFinding(
-        name="linear attention: operations",
-        status="REFUTED" if wrong else "HOLDS",
-        statement="Q(KᵀV) costs fewer operations than (QKᵀ)V exactly where N > d (d_k = d_v = d, no "
-        "mask), and as "
-        "many at N = d. A decoding step costs the same at every N, with a state of d² + d numbers.",
-        source="counted; " + _SOURCE.format("LIN-5"),
-        evidence=f"products and sums of the forms run on counting numbers, {len(kept)} sizes; a decoding "
-        "step "
-        f"with normaliser: {steps}" + (f"; otherwise at (d, N) = {wrong}" if wrong else ""),
-        table={title: [row[i] for row in kept] for i, title in enumerate(titles)},
-    )
-
-
-def _divides(q: Array, k: Array, v: Array) -> bool:
-    try:
-        linear.recurrent(q, k, v, normalize=True)
-    except ZeroDivisionError:
-        return False
-    return True
-
-
-def vanishing() -> ClaimFinding:
-    """Can the normaliser vanish or turn negative? An example for each map, and Based's lower bound."""
-    one = flint.fmpq(1)
-    q, k = np.array([[one, -one]] * 2, dtype=object), np.array([[one, one], [2 * one, 5 * one]], dtype=object)
-    v = np.array([[one], [2 * one]], dtype=object)
-    rows = []
+    Args:
+        causal: mask the weights of the first, which no regrouping by the whole KᵀV respects.
+    """
+    q, k, v = _inputs(length, 2)
+    rows: list[Row] = []
     for name in linear.FEATURES:
         x, y = linear.features(q, k, name, root=2)
-        masses = np.tril(x @ y.T).sum(axis=1)
-        rows.append((name, float(masses[0]), float(masses[1]), _divides(x, y, v)))
-    # x = q·k/√D = −1 at every pair: Based's smallest weight.
-    least = linear.features(
-        -2 * np.ones((5, 1), dtype=object) * one, np.ones((5, 1), dtype=object) * one, "taylor", 2
-    )
-    masses = np.tril(least[0] @ least[1].T).sum(axis=1)
-    reached = [mass == flint.fmpq(i + 1, 2) for i, mass in enumerate(masses)]
-    # Weights 1 and −999/1000: values 1 and 2 are averaged far outside [1, 2].
-    near = np.array([[one, 0 * one], [0 * one, flint.fmpq(999, 1000)]], dtype=object)
-    outside = linear.recurrent(q, near, v, normalize=True)[0][1, 0]
-    vanish, negative = [r[0] for r in rows if not r[3]], [r[0] for r in rows if min(r[1:3]) < 0]
-    good = not rows[linear.FEATURES.index("taylor")][1] <= 0 and all(reached)
-    titles = ("map", "normaliser of row 1", "of row 2", "can be divided by")
+        pairs = np.tril(x @ y.T) @ v if causal else linear.quadratic(x, y, v, by_state=False)
+        rows.append(row(name, "Q(KᵀV)", pairs, [linear.quadratic(x, y, v, by_state=True)]))
+    return equality(rows, seed=2)
+
+
+def weights_sum_to_one(epsilon: Any = EPSILON) -> ClaimFinding:
+    """With v = 1 everywhere, is the output 1? One query, one key, φ(q) = φ(k) = 10^(−j), j = 0 … 5.
+
+    Args:
+        epsilon: added to the denominator.
+    """
+    one, rows = np.array([[flint.fmpq(1)]], dtype=object), []
+    for j in range(6):
+        phi = one * flint.fmpq(1, 10**j)
+        exact = linear.recurrent(phi, phi, one, normalize=True)[0][0, 0]
+        mass = (phi @ phi.T)[0, 0]
+        rows.append((phi[0, 0], mass, exact, linear.recurrent(phi, phi, one)[0][0, 0] / (mass + epsilon)))
+    plain, shipped = all(r[2] == 1 for r in rows), all(r[3] == 1 for r in rows)
+    at = rows[3]
+    titles = ("φ(q) = φ(k)", "denominator", "output without ε", "output with ε")
     return ClaimFinding(
-        name="linear attention: normalisers that vanish",
-        status="HOLDS" if good and {"identity", "squared"} <= set(vanish) else "REFUTED",
-        statement="The normaliser can be exactly 0 for the identity and the squared map, and negative for "
-        "the "
-        "identity; Based's weight 1 + x + x²/2 = ½ + (x + 1)²/2 keeps row i's at i/2 or more.",
-        source=_SOURCE.format("LIN-6, LIN-7"),
-        evidence=f"q = (1, −1), k = (1, 1), then (2, 5): 0 for {', '.join(vanish)}; negative for "
-        f"{', '.join(negative)}; with k = (1, 0), (0, 0.999) the values 1 and 2 are averaged to "
-        f"{float(outside):g}; at x = −1 row i of Based's has i/2 exactly in "
-        f"{sum(reached)} of {len(reached)} rows",
-        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
+        status="HOLDS" if plain and shipped else "CONDITIONAL" if plain else "REFUTED",
+        evidence=f"v = 1, ε = {epsilon}: the output is D/(D + ε), "
+        + ", ".join(f"{float(r[3]):.6g} at D = {float(r[1]):g}" for r in rows)
+        + f"; without ε it is 1 in {sum(r[2] == 1 for r in rows)} of {len(rows)}",
+        table={title: [float(r[i]) for r in rows] for i, title in enumerate(titles)},
+        counterexample=""
+        if shipped
+        else f"One position with φ(q) = φ(k) = {at[0]} (elu + 1 at −3 ln 10) and v = 1: D = {at[1]}, "
+        f"S = {at[0]}, output {at[1]}/({at[1]} + {epsilon}) = {at[3]}. Condition: ε = 0, or D far above ε.",
     )
 
 
-def findings() -> list[ClaimFinding]:
-    """All of them, as every run shows them."""
-    return [equal_forms(), full_rank(), recall(), kernel_of_the_state(), costs(), vanishing()]
+def _shipped(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.elu(x) + 1
+
+
+def _by_cases(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, x + 1, x.exp())
+
+
+def positive_in_float32(phi: Callable[[torch.Tensor], torch.Tensor] = _shipped) -> ClaimFinding:
+    """Is φ(x) above 0 in float32 at every multiple of 1/64 in [−80, 0]? It is e^x > 0 over the reals."""
+    x = torch.arange(-80 * 64, 1, dtype=torch.float64).div(64).float()
+    y = phi(x)
+    zero = x[y <= 0]
+    worst = (y.double() / x.double().exp() - 1).abs()
+    shown = range(0, len(x), 320)
+    highest = float(zero.max()) if len(zero) else 0.0
+    return ClaimFinding(
+        status="CONDITIONAL" if len(zero) else "SUPPORTED",
+        evidence=f"{len(x)} arguments in [−80, 0]: φ is 0 at {len(zero)} of them"
+        + (
+            f", all those up to x = {highest:g}; written by cases, e^x for x ≤ 0, it is not"
+            if len(zero)
+            else ""
+        )
+        + f"; largest relative error {float(worst.max()):.2g}",
+        table={
+            "x": [float(x[i]) for i in shown],
+            "φ(x) in float32": [float(y[i]) for i in shown],
+            "e^x": [float(x[i].double().exp()) for i in shown],
+        },
+        counterexample=""
+        if not len(zero)
+        else "x = −18: e^x = 1.52e-8 is below 2^-25 = 2.98e-8, half the spacing of float32 below 1. So "
+        "elu(x) = e^x − 1 rounds to −1, and −1 + 1 = 0. A row whose keys are all there divides 0 by 0, or by "
+        "ε.",
+    )
+
+
+def lower_bound(coefficients: tuple[Any, Any, Any] = (1, 1, flint.fmpq(1, 2))) -> ClaimFinding:
+    """Is c_0 + c_1 x + c_2 x² at least 1/2, as a polynomial: 1/2 + (x + 1)²/2?"""
+    weight = flint.fmpq_poly(list(coefficients))
+    half, shifted = flint.fmpq(1, 2), flint.fmpq_poly([1, 1])
+    square = shifted * shifted * half + half
+    _, c1, c2 = weight.coeffs()
+    place = -c1 / (2 * c2)
+    least = weight(place)
+    rng, low = np.random.default_rng(3), 0
+    for keys in range(1, 9):
+        rows = [sum(map(weight, rationals(rng, keys)), start=flint.fmpq(0)) for _ in range(20)]
+        low += sum(mass < flint.fmpq(keys, 2) for mass in rows)
+    good = weight == square and least == half and not low
+    return ClaimFinding(
+        status="HOLDS" if good else "REFUTED",
+        evidence=f"the weight {weight} has its minimum {least} at x = {place}; it is "
+        f"{'' if weight == square else 'not '}the polynomial 1/2 + (x + 1)²/2; of 160 random rows of 1 "
+        f"to 8 keys {low} have a normaliser below i/2; at x = −1 row i has i·{weight(flint.fmpq(-1))}",
+        counterexample="" if good else f"x = {place} for each of i keys: the normaliser is i·{least}.",
+        seed=3,
+    )
+
+
+def feature_widths(
+    claimed: Callable[[int], int] = lambda d: 1 + d + d * (d + 1) // 2, widths: tuple[int, ...] = (1, 2, 3)
+) -> ClaimFinding:
+    """Rank over the rationals of the weights 1 + x + x²/2, x = q·k: the least width of features."""
+    rng, rows = np.random.default_rng(4), []
+    for d in widths:
+        points = 1 + d + d * d + 2
+        q, k = (rationals(rng, points, d) for _ in range(2))
+        x, y = linear.features(q, k, "taylor")
+        weights = x @ y.T
+        direct = 1 + q @ k.T + (q @ k.T) * (q @ k.T) / 2
+        rank = flint.fmpq_mat([list(map(flint.fmpq, line)) for line in weights]).rank()
+        rows.append((d, points, x.shape[1], rank, claimed(d), bool((weights == direct).all())))
+    wrong = [r for r in rows if r[3] != r[4] or not r[5]]
+    titles = ("d", "points", "width as shipped", "rank", "claimed", "weights are 1 + x + x²/2")
+    return ClaimFinding(
+        status="REFUTED" if wrong else "HOLDS",
+        evidence="rank of the weights at random rational queries and keys, against the shipped width 1 + d + "
+        "d²: " + ", ".join(f"{r[3]} of {r[2]} at d = {r[0]}" for r in rows),
+        table={title: [r[i] for r in rows] for i, title in enumerate(titles)},
+        counterexample=f"d = {wrong[0][0]}: rank {wrong[0][3]}, claimed {wrong[0][4]}" if wrong else "",
+        seed=4,
+    )
+
+
+def _normalisers(name: str) -> list[tuple[Array, Array, Any, Any]]:
+    """q, k, normaliser and output (None at 0) of one query and two keys of {−1, 0, 1}², v = 1, 2."""
+    line = [np.array(pair, dtype=object) * flint.fmpq(1) for pair in itertools.product((-1, 0, 1), repeat=2)]
+    v, rows = np.array([flint.fmpq(1), flint.fmpq(2)], dtype=object), []
+    for q, first, second in itertools.product(line, repeat=3):
+        x, y = linear.features(np.array([q, q]), np.array([first, second]), name)
+        weights = (x @ y.T)[0]
+        mass = weights[0] + weights[1]
+        rows.append((q, np.array([first, second]), mass, (weights @ v) / mass if mass != 0 else None))
+    return rows
+
+
+def _texts(q: Array, k: Array) -> str:
+    def one(x: Array) -> str:
+        return "(" + ", ".join(map(str, x)) + ")"
+
+    return f"q = {one(q)}, keys {one(k[0])} and {one(k[1])}"
+
+
+def vanishing(name: str) -> ClaimFinding:
+    """Is the normaliser ever exactly 0 for this map? All queries and pairs of keys of {−1, 0, 1}²."""
+    rows = _normalisers(name)
+    # The telling ones: neither the query nor a key is 0.
+    zero = [r for r in rows if r[2] == 0]
+    telling = [r for r in zero if any(r[0]) and all(any(key) for key in r[1])]
+    return ClaimFinding(
+        status="REFUTED" if zero else "SUPPORTED",
+        evidence=f"{name}: normaliser 0 in {len(zero)} of {len(rows)} cases, {len(telling)} of them with no "
+        f"query or key 0; least normaliser {min(r[2] for r in rows)}",
+        table={"cases": [len(rows)], "normaliser 0": [len(zero)], "no operand 0": [len(telling)]},
+        counterexample=""
+        if not zero
+        else f"{_texts(*telling[0][:2])}: both weights are 0, the normaliser 0 + 0. With 1e-6 added the "
+        "output is 0/1e-6 = 0, which is no mean of the values 1 and 2.",
+    )
+
+
+def averages(name: str) -> ClaimFinding:
+    """Does the output stay between the values 1 and 2? All queries and pairs of keys of {−1, 0, 1}²."""
+    rows = _normalisers(name)
+    zero = [r for r in rows if r[3] is None]
+    negative = [r for r in rows if r[2] < 0]
+    outside = [r for r in rows if r[3] is not None and not 1 <= r[3] <= 2]
+    text = ""
+    if zero and outside:
+        text = (
+            f"Values 1 and 2. {_texts(*outside[0][:2])}: normaliser {outside[0][2]}, output {outside[0][3]}. "
+            f"{_texts(*next(r for r in zero if any(r[0]) and any(r[1][0]))[:2])}: q·(k_1 + k_2) = 0, "
+            "division by 0, or by 1e-10 where that is added."
+        )
+    return ClaimFinding(
+        status="REFUTED" if zero or outside else "SUPPORTED",
+        evidence=f"{name}: of {len(rows)} cases the normaliser is 0 in {len(zero)}, negative in "
+        f"{len(negative)}, and the output leaves [1, 2] in {len(outside)} of the others",
+        table={
+            "cases": [len(rows)],
+            "normaliser 0": [len(zero)],
+            "negative": [len(negative)],
+            "outside": [len(outside)],
+        },
+        counterexample=text,
+    )
+
+
+_KATHAROPOULOS = "Katharopoulos et al. 2020, arXiv 2006.16236, section 3"
+_FLA = "flash-linear-attention, plain code of Based and ReBased (arXiv 2402.18668, 2402.10644)"
+
+CLAIMS: Final = (
+    Claim(
+        id="LIN-1a",
+        subject="linear attention",
+        title="equal forms",
+        statement="The recurrence S_i = S_{i−1} + φ(k_i)v_iᵀ, z_i = z_{i−1} + φ(k_i), o_i = S_iᵀφ(q_i) (over "
+        "φ(q_i)·z_i where normalised), its masked parallel form and its chunkwise form are equal for every "
+        "chunk length, and a state handed over anywhere changes nothing.",
+        source=f"{_KATHAROPOULOS}, equations 8 to 12",
+        kind="exact",
+        check=lambda lab: equal_forms(lab.choose(7, LENGTH)),
+        control=lambda lab: equal_forms(7, ahead=True),
+    ),
+    Claim(
+        id="LIN-1b",
+        subject="linear attention",
+        title="associativity",
+        statement="Without a mask (φ(Q)φ(K)ᵀ)V = φ(Q)(φ(K)ᵀV). (The control masks: then it is false, and "
+        "causal linear attention needs the recurrence.)",
+        source=f"{_KATHAROPOULOS}, equation 6",
+        kind="exact",
+        check=lambda lab: associativity(lab.choose(9, 30)),
+        control=lambda lab: associativity(9, causal=True),
+    ),
+    Claim(
+        id="LIN-1c",
+        subject="linear attention",
+        title="weights sum to one",
+        statement="Normalised linear attention, as shipped with ε = 1e-6 added to its denominators, takes a "
+        "mean of the values: its weights sum to one.",
+        source="fast-transformers, causal and full linear attention; the paper's definition has no ε",
+        kind="exact",
+        check=lambda lab: weights_sum_to_one(),
+        control=lambda lab: weights_sum_to_one(flint.fmpq(0)),
+    ),
+    Claim(
+        id="LIN-1d",
+        subject="linear attention",
+        title="elu + 1 is positive",
+        statement="φ(x) = elu(x) + 1 is positive, so that no normaliser vanishes (float32, as shipped).",
+        source=f"{_KATHAROPOULOS}.2.1; fast-transformers",
+        kind="search",
+        check=lambda lab: positive_in_float32(),
+        control=lambda lab: positive_in_float32(_by_cases),
+    ),
+    Claim(
+        id="LIN-6a",
+        subject="linear attention",
+        title="Based's normaliser",
+        statement="Based's weight 1 + x + x²/2 = 1/2 + (x + 1)²/2 is at least 1/2, attained at x = −1, so "
+        "the normaliser of row i is at least i/2.",
+        source=f"{_FLA}; the bound is derived",
+        kind="exact",
+        check=lambda lab: lower_bound(),
+        control=lambda lab: lower_bound((1, 1, flint.fmpq(1, 4))),
+    ),
+    Claim(
+        id="LIN-6b",
+        subject="linear attention",
+        title="ReBased's normaliser",
+        statement="ReBased's weights (q·k)² are squares, so its normaliser does not vanish.",
+        source=_FLA,
+        kind="search",
+        check=lambda lab: vanishing("squared"),
+        control=lambda lab: vanishing("taylor"),
+    ),
+    Claim(
+        id="LIN-6c",
+        subject="linear attention",
+        title="width of Based's features",
+        statement="Weights 1 + x + x²/2 need features of width 1 + d + d(d + 1)/2 and no more (shipped code "
+        "takes 1 + d + d², every mixed product twice).",
+        source=_FLA,
+        kind="exact",
+        check=lambda lab: feature_widths(widths=lab.choose((1, 2, 3), (1, 2, 3, 4, 5))),
+        control=lambda lab: feature_widths(lambda d: 1 + d + d * d),
+    ),
+    Claim(
+        id="LIN-7",
+        subject="linear attention",
+        title="normalisation without positive features",
+        statement="Dividing by q·z + 1e-10 makes the output a weighted mean of the values whatever the "
+        "feature map, the identity included.",
+        source="flash-linear-attention, optional normalisation of plain linear attention",
+        kind="search",
+        check=lambda lab: averages("identity"),
+        control=lambda lab: averages("taylor"),
+    ),
+)

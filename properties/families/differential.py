@@ -17,7 +17,7 @@ import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
-from attnproof.properties.budgets.propagation import Estimate, Propagation
+from attnproof.properties.budgets.propagation import Estimate, Propagation, wider
 from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.budgets.softmax_gradients import attention_gradient_estimates
 from attnproof.properties.budgets.stored import stored_budget
@@ -176,7 +176,8 @@ class DifferentialProblem(Problem):
         """Gradients of Σ o·cotangent by q, k, v and lam; dλ_h = −Σ dO·o₂."""
         a = arithmetic
         first, second = (part.differentiate(a, cotangents) for part in self.parts)
-        return self._through(a, first, second, self.second.evaluate(a)["o"], cotangents["o"])
+        moved = {name: self._times_lam(a, x, -self.lam) for name, x in second.items()}
+        return self._through(a, first, moved, self.second.evaluate(a)["o"], cotangents["o"])
 
     def gradient_estimates(
         self,
@@ -184,20 +185,29 @@ class DifferentialProblem(Problem):
         contract: Contract,
         cotangents: Mapping[str, torch.Tensor],
     ) -> dict[str, Estimate]:
-        """The parts' estimates, put together; a kernel may keep o₁ and o₂ in the output's format for them."""
+        """The parts' estimates, put together; a kernel may keep o₁ and o₂ in the output's format for them.
+
+        −λ may come in before dP and dS are stored, as autograd has it, or after: what underflows is another.
+        """
         a = Propagation(Roundings.of(contract, dtype_name(self.dtype)))
-        first, second = (
-            attention_gradient_estimates(part, known, contract, cotangents)
-            for part, known in zip(self.parts, self._part_references(reference), strict=True)
+        references = self._part_references(reference)
+        before = {"o": -self.lam.double().reshape(1, -1, 1, 1) * cotangents["o"]}
+        first, second, early = (
+            attention_gradient_estimates(part, known, contract, given)
+            for part, known, given in (
+                (self.first, references[0], cotangents),
+                (self.second, references[1], cotangents),
+                (self.second, references[1], before),
+            )
         )
+        moved = {name: wider(self._times_lam(a, x, -self.lam), early[name]) for name, x in second.items()}
         o = self._part_estimates(reference, self._part_budgets(reference, contract))[1]
-        return self._through(a, first, second, o, cotangents["o"])
+        return self._through(a, first, moved, o, cotangents["o"])
 
     def _through(
-        self, a: Arithmetic[V], first: Mapping[str, V], second: Mapping[str, V], o: V, cotangent: torch.Tensor
+        self, a: Arithmetic[V], first: Mapping[str, V], moved: Mapping[str, V], o: V, cotangent: torch.Tensor
     ) -> dict[str, V]:
-        """The call's gradients from those of each part and query head for the same dO, and from o₂."""
-        moved = {name: self._times_lam(a, second[name], -self.lam) for name in ("dq", "dk", "dv")}
+        """The call's gradients from the first part's, −λ times the second's, by query head, and o₂."""
         heads = len(self.lam)
         product = a.scaled(a.mul(a.exact(cotangent), o), -1.0)
         return {

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import flint
 import mpmath
 import pytest
 
-from attnproof.planning import findings
 from attnproof.properties.claims import worked_example as example
 
 
@@ -46,7 +46,26 @@ def test_the_check_of_p_counts_wrong_entries_only() -> None:
     assert "6 of 6" in example.check_weights(close[:2]).evidence
 
 
-def test_both_findings_go_into_the_report() -> None:
-    names = [finding.name for finding in findings()]
-    assert "worked example: P = softmax(S)" in names
-    assert "worked example: O = P·V" in names
+def test_the_check_of_p_can_hold() -> None:
+    assert example.check_weights(example.certified_weights()).status == "HOLDS"
+
+
+def test_the_right_output_against_mpmath() -> None:
+    finding = example.right_output()
+    assert finding.status == "HOLDS"
+    with mpmath.workdps(30):
+        p = [[mpmath.exp(int(s)) for s in row] for row in example.scores()]
+        for row in p:
+            o = [
+                mpmath.fsum(w * int(v[j]) for w, v in zip(row, example.V, strict=True)) / mpmath.fsum(row)
+                for j in (0, 1)
+            ]
+            assert "(" + ", ".join(mpmath.nstr(x, 6, strip_zeros=False) for x in o) + ")" in finding.evidence
+
+
+def test_other_weights_have_another_output() -> None:
+    # The same weights for every key: rows 1 and 2 are (2, 3) too.
+    one = flint.fmpq_poly([1])
+    finding = example.right_output([[one] * 3] * 3)
+    assert finding.table["true"] == [True, True, True]
+    assert finding.status == "REFUTED"

@@ -71,9 +71,9 @@ def test_the_finding_is_refuted_by_a_mutant_that_lives_and_by_a_peer_that_is_ahe
     base = [said("m:right", OURS, False), said("m:right", "peer", False)]
     both = [said(n, OURS, True) for n in "xy"]
     ahead = [*base, *both, said("x", "peer", True), said("y", "peer", False)]
-    assert finding(mutants, ahead).status == "SUPPORTED"
+    assert finding(mutants, ahead).verdict == "SUPPORTED"
     assert [row.kills for row in summary_rows(mutants, ahead)] == [2, 1]
     lives = [*base, both[0], said("y", OURS, False), said("x", "peer", True), said("y", "peer", True)]
-    assert finding(mutants, lives).status == "REFUTED"
+    assert finding(mutants, lives).verdict == "REFUTED"
     alarm = [said("m:right", OURS, True), *base[1:], *both, said("x", "peer", True), said("y", "peer", True)]
-    assert finding(mutants, alarm).status == "REFUTED"
+    assert finding(mutants, alarm).verdict == "REFUTED"

@@ -91,7 +91,7 @@ def build_events(cases: int = 300, *, seed: int = 0, finished: bool = True) -> I
     yield calibration(draw)
     yield Finding(
         name="softmax: online equals two-pass within certain",
-        status="held up",
+        verdict="held up",
         statement="The rescaled sum of the online softmax stays within the budget of the two-pass form.",
         source="Milakov & Gimelshein 2018",
         evidence="1,200 cases, N up to 4096; worst ratio 0.31.",
@@ -243,7 +243,7 @@ def calibration(draw: random.Random) -> Finding:
         columns["threshold"] += [threshold] * 400
     return Finding(
         name="calibration",
-        status="fitted",
+        verdict="fitted",
         statement="Thresholds are tail fits, estimated below 1e-6 per case, observed 0 of 1,200.",
         source="Higham & Mary 2019",
         evidence="Validated on implementations that were not used in the fit.",

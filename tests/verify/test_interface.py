@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -129,3 +133,16 @@ def test_a_case_that_is_none_is_refused() -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(AttributeError, match="reference"):
         attnproof.refrence  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_script_without_a_guard_may_call_it(tmp_path: Path) -> None:
+    """Judge processes must not run the script again, each starting further ones."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import attnproof\n"
+        "print('begun')\n"
+        "result = attnproof.verify('attnproof.healthy:plain_logsumexp', 'logsumexp', examples=4)\n"
+        "print(len(result.results), [f.rule for f in result.failures])\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.splitlines() == ["begun", "4 []"]

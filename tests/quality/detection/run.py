@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(kill_table(mutants, found))
     told = finding(mutants, found)
     _tell_survivors(mutants, found)
-    print(f"{told.status}: {told.evidence}")
+    print(f"{told.verdict}: {told.evidence}")
     if chosen.write:
         _DATA.write_bytes(msgspec.json.format(msgspec.json.encode(told)) + b"\n")
     ours = [v for v in found if v.judge == OURS]

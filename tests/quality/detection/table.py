@@ -138,7 +138,7 @@ def finding(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> Finding:
     everything = all(mutant.unseen for mutant in lives) and ours.alarms == 0
     return Finding(
         name="detection power",
-        status="SUPPORTED" if ahead and everything else "REFUTED",
+        verdict="SUPPORTED" if ahead and everything else "REFUTED",
         statement="Every mutant but those that hardly leave what their base declares is killed by a default "
         "search, no correct implementation is accused, and no rule in use today kills as many.",
         source="nox -s mutants -- --judges both --write",
