@@ -95,6 +95,13 @@ def calibrate(session: nox.Session) -> None:
 
 
 @nox.session
+def claims(session: nox.Session) -> None:
+    """The theory ledger: every claim checked, its control too, and held against the record."""
+    install(session)
+    session.run("attnproof", "claims", *(session.posargs or ["--controls"]), env=SINGLE_THREADED)
+
+
+@nox.session
 def gradients(session: nox.Session) -> None:
     """Count false alarms on gradients: 10,000 cases of every family on torch autograd."""
     install(session, "activations")

@@ -129,6 +129,7 @@ def _environment() -> jinja2.Environment:
         duration=wording.duration,
         shape=wording.shape_text,
         plain=_plain_text,
+        sentence=lambda text: text[:1].upper() + text[1:],
         breakable=_breakable,
         clipped=_clipped,
         rows=_series_rows,

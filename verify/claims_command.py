@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -88,7 +89,11 @@ def claims(
         print(f"attnproof: {line}", file=sys.stderr)
     if html is not None:
         finished = RunFinished(("PASS", "FAIL", "", "UNVERIFIED")[code], code, seconds, "; ".join(wrong))
-        render_events([*findings, finished], html, None, None)
+        # Imported late: campaigns bring the whole judge.
+        from attnproof.campaign import run_started
+
+        started = run_started(shlex.join(["attnproof", *sys.argv[1:]]), 0, jobs)
+        render_events([started, *findings, finished], html, None, None)
         print(f"report {html}")
     raise typer.Exit(code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def verify(
             require_writable(path)
     campaign = Campaign(
         plan=plan,
-        command="attnproof " + " ".join(sys.argv[1:]),
+        command=shlex.join(["attnproof", *sys.argv[1:]]),
         seed=seed,
         findings=() if targets else findings(family or (), jobs, claims=with_claims and not family),
         jobs=jobs,
@@ -197,7 +198,7 @@ def fuzz(
         raise UsageError(f"--gradients: family {family!r} has none, or differentiable=false is declared")
     search = Search(
         subject=replace(subject, gradients=gradients),
-        command="attnproof " + " ".join(sys.argv[1:]),
+        command=shlex.join(["attnproof", *sys.argv[1:]]),
         examples=examples,
         seconds=time_limit or (None if examples else DEFAULT_SECONDS),
         seed=seed,

@@ -34,7 +34,7 @@ def ledger() -> dict[str, Claim]:
                     f"{claim.id}: a claim has a control unless nothing can be checked (kind 'none')"
                 )
             found[claim.id] = claim
-    return dict(sorted(found.items(), key=lambda pair: (pair[1].subject, _order(pair[0]))))
+    return dict(sorted(found.items(), key=lambda pair: (pair[1].subject.lower(), _order(pair[0]))))
 
 
 def _order(name: str) -> tuple[str, int, str]:

@@ -21,7 +21,7 @@ __all__ = [
     "warns_only",
 ]
 
-SUBJECT: Final = "exact tests"
+SUBJECT: Final = "exact oracles"
 _SEED: Final = 11
 Rule = Callable[[torch.Tensor, torch.Tensor], bool]
 

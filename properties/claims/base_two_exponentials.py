@@ -147,7 +147,7 @@ def instruction_error(lab: Laboratory, samples: int, factor: float = 2.0) -> Cla
 def _claim(name: str, title: str, statement: str, kind: str, check: Any, control: Any) -> Claim:
     return Claim(
         name,
-        "hardware numerics",
+        "hardware",
         title,
         statement,
         "derived; bounds of ex2.approx from the PTX ISA",

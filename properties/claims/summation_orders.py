@@ -120,7 +120,7 @@ def order_spread(trials: int, longest: int, tolerance: Tolerance = _gamma) -> Cl
 CLAIMS: Final = (
     Claim(
         id="HW-6",
-        subject="hardware numerics",
+        subject="hardware",
         title="orders of a sum",
         statement="Two orders of summing the same n numbers differ by at most 2γ_{n−1}·Σ|x|, γ_k = ku/(1 − "
         "ku): a tolerance for "

@@ -226,9 +226,51 @@ def test_any_events_give_a_whole_page(record: list[Event], tmp_path_factory: pyt
 def test_any_series_is_shown(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
     series = tuple(
         Series(f"{chart} {log}", chart, columns, "x", "y", "g", log)
-        for chart in ("line", "scatter", "histogram", "table", "of a later version")
+        for chart in ("line", "scatter", "histogram", "table", "matrix", "of a later version")
         for log in ((), ("x", "y"))
     )
     record: list[Event] = [Finding("f", "held up", "s", "", "", series), RunFinished("PASS", 0, 1.0)]
     page = Page(html.render(record, tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.unbalanced == [] and page.count("figure") == len(series)
+
+
+def test_a_matrix_has_a_shaded_cell_for_each_pair() -> None:
+    columns: dict[str, list[Any]] = {"a": ["p", "q", "p"], "b": ["r", "r", "s"], "far": [0.1, 2.0, None]}
+    chart = series_chart(Series("s", "matrix", columns, "a", "b", "far"), "series0")
+    assert chart is not None
+    specification, rows = chart
+    assert rows["shade"] == [-1.0, pytest.approx(math.log10(2.0), abs=1e-3), None]
+    assert rows["label"] == ["0.10", "2.0", ""]
+    assert [layer["mark"]["type"] for layer in specification["layer"]] == ["rect", "text"]
+
+
+def claim(name: str, subject: str, verdict: str) -> Finding:
+    words = {
+        "statement": f"statement of {name}",
+        "source": "paper & section",
+        "evidence": f"evidence of {name}",
+    }
+    more = {"id": name, "subject": subject, "kind": "exact", "command": f"attnproof claims {name}"}
+    return Finding(name=f"title of {name}", verdict=verdict, counterexample="x < 1 & y", **words, **more)
+
+
+def test_a_ledger_is_shown_by_subject_and_without_kernels(tmp_path: Path) -> None:
+    events: list[Event] = [
+        claim("AAA-1", "splines", "HOLDS"),
+        claim("BBB-2a", "FlashAttention", "REFUTED"),
+        claim("BBB-2b", "FlashAttention", "HOLDS"),
+        RunFinished("PASS", 0, 1.0),
+    ]
+    page = Page(html.render(events, tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.unbalanced == []
+    ids = [attributes.get("id") for _, attributes in page.elements]
+    assert [name for name in ids if name and name.startswith("claim-")] == [
+        "claim-AAA-1",
+        "claim-BBB-2a",
+        "claim-BBB-2b",
+    ]
+    assert "kernels" not in ids and "reading" not in ids
+    text = " ".join(" ".join(page.text).split())
+    assert "3 claims of the theory ledger: every verdict is the recorded one" in text
+    assert "x < 1 & y" in text and "Splines" in text and "FlashAttention" in text
+    assert "attnproof claims BBB-2a" in text
