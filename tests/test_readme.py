@@ -7,9 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from attnproof.ledger import read_lock
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 START = README.partition("## Quick start")[2].partition("\n## ")[0]
@@ -72,3 +75,11 @@ def test_the_mended_kernel_passes_the_second_command(kernel: Path) -> None:
     done = run(second, kernel.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("PASS")
+
+
+def test_the_figures_of_the_ledger_are_the_recorded_ones() -> None:
+    text = README.partition("## The theory ledger")[2].partition("\n## ")[0]
+    counts = Counter(read_lock().values())
+    told = {name: int(re.findall(rf"(\d+)\s+(?:are\s+)?{name[:4]}", text)[0]) for name in counts}
+    assert told == dict(counts)
+    assert f"{sum(counts.values())} claims" in text

@@ -48,6 +48,7 @@ __all__ = [
     "check_reply",
     "dtype_name",
     "encode_frame",
+    "raw_bytes",
     "read_frame",
     "write_all",
 ]
@@ -73,6 +74,14 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 """Every dtype that may cross the pipe, by its name in torch."""
 
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a CPU tensor in the order of its indices, as they lie in memory."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel() < 2:  # contiguous with whatever stride, which a view of bytes refuses
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 class ProtocolError(RuntimeError):

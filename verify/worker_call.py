@@ -44,6 +44,7 @@ from attnproof.protocol import (
     TensorRef,
     Trouble,
     dtype_name,
+    raw_bytes,
 )
 
 __all__ = ["device_context", "perform", "trouble_of"]
@@ -380,8 +381,7 @@ def _serialise(tensors: Sequence[torch.Tensor]) -> tuple[tuple[TensorData, ...],
     end = 0
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         for tensor in tensors:
-            plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
-            content = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+            content = raw_bytes(tensor.detach().resolve_conj().resolve_neg().to("cpu"))
             name = dtype_name(tensor.dtype) or ""
             shape, device, kind = tuple(tensor.shape), str(tensor.device), type(tensor).__name__
             data.append(TensorData(name, shape, tensor.stride(), device, kind, tensor.requires_grad, end))

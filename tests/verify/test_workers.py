@@ -219,6 +219,19 @@ def test_views_arrive_as_they_are(pool: WorkerPool) -> None:
     assert lines[-3:] == ["None", "2.5", "(1, None)"]
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (), (0, 3)])
+def test_small_tensors_come_back_whatever_their_strides(pool: WorkerPool, shape: tuple[int, ...]) -> None:
+    """One element is contiguous under any stride, and its bytes can be read all the same."""
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(x.shape, (17,) * x.dim()).copy_(x)
+
+    x = torch.full(shape, 0.1)
+    outcome = returned(pool.call(CallRequest(describe(spread), arguments=(x,))))
+    assert isinstance(outcome.value, torch.Tensor)
+    assert torch.equal(outcome.value, x)
+
+
 def test_mutations_are_found_by_the_judge(pool: WorkerPool) -> None:
     outcome = returned(pool.call(request("mutate")))
     (mutation,) = outcome.mutations

@@ -20,6 +20,7 @@ from attnproof.properties.case import Case, CaseError, Inputs, make_inputs
 from attnproof.properties.contract import Contract
 from attnproof.properties.signatures import SIGNATURES
 from attnproof.properties.views import lay_out, unit_last_stride
+from attnproof.protocol import raw_bytes
 
 __all__ = ["Known", "forget", "recall", "remember"]
 
@@ -115,8 +116,7 @@ def _encoded(known: Known) -> bytes:
 
 
 def _stored(tensor: torch.Tensor) -> _Tensor:
-    content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return _Tensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content)
+    return _Tensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), raw_bytes(tensor))
 
 
 def _decoded(content: bytes) -> Known:

@@ -17,6 +17,7 @@ from attnproof import trials
 from attnproof.judge import prepare
 from attnproof.outcomes import CallRequest, Flooded, OutOfMemory, TimedOut
 from attnproof.properties.case import Case, Inputs
+from attnproof.protocol import raw_bytes
 from attnproof.search import script_parts as parts
 from attnproof.search.distortions import wrong_elements
 from attnproof.search.evidence import Evidence
@@ -346,7 +347,7 @@ def _built(name: str, tensor: torch.Tensor) -> list[str]:
 
 def _packed(tensor: torch.Tensor) -> str:
     """An expression for a dense tensor: its bytes, compressed."""
-    raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    raw = raw_bytes(tensor)
     text = _wrapped(base64.b85encode(zlib.compress(raw, 9)).decode())
     dtype = f"torch.{str(tensor.dtype).removeprefix('torch.')}"
     return f"unpacked({dtype}, {tuple(tensor.shape)!r}, {text})"
