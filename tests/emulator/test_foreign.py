@@ -120,6 +120,24 @@ def test_inline_assembly(asm: str, f: Any) -> None:
     assert torch.allclose(out, f(x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("modifier", ["", ".ftz"])
+def test_subnormal_numbers_are_flushed_where_the_instruction_says_so(modifier: str) -> None:
+    """PTX ISA: ex2.approx.ftz.f32 and mul.ftz.f32 take and give zeros of the sign for them."""
+    tiny = 2.0**-126
+    x = torch.tensor([-127.0, -126.0, -149.0, 1.0])
+    out = torch.empty_like(x)
+    with emulate():
+        asm_kernel[(1,)](x, out, f"ex2.approx{modifier}.f32 $0, $1;", 4)
+    assert out.tolist() == [0.0 if modifier else tiny / 2, tiny, 0.0 if modifier else 2.0**-149, 2.0]
+    y = torch.tensor([tiny / 2, -tiny / 2, tiny, -tiny])
+    with emulate():
+        asm_kernel[(1,)](y, out, f"mul{modifier}.f32 $0, $1, 0f40000000;", 4)
+    assert out.tolist() == (
+        [0.0, 0.0, 2 * tiny, -2 * tiny] if modifier else [tiny, -tiny, 2 * tiny, -2 * tiny]
+    )
+    assert out.signbit().tolist() == [False, True, False, True]
+
+
 def test_the_hardware_tanh_has_eleven_bits() -> None:
     x = torch.linspace(-9.0, 9.0, 1024)
     out = torch.empty_like(x)

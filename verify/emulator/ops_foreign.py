@@ -180,6 +180,18 @@ def _hardware_tanh(x: Tensor) -> Tensor:
     return torch.ldexp(torch.round(mantissa * 2.0**11) * 2.0**-11, exponent).to(x.dtype)
 
 
+def _flushing(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``f`` with .ftz: float32 operands and results that are subnormal become zeros of their sign."""
+
+    def flushed(x: Tensor) -> Tensor:
+        small = x.abs() < torch.finfo(torch.float32).tiny
+        return (
+            torch.where(small, torch.copysign(torch.zeros_like(x), x), x) if x.dtype == torch.float32 else x
+        )
+
+    return lambda *values: flushed(f(*map(flushed, values)))
+
+
 def ptx_function(instruction: str) -> Callable[..., Tensor] | None:
     """The function of an opcode such as `ex2.approx.ftz.f32`; None where it is not element by element."""
     name, *modifiers = instruction.split(".")
@@ -192,6 +204,8 @@ def ptx_function(instruction: str) -> Callable[..., Tensor] | None:
         f = _hardware_tanh
     if name in ("max", "min") and modifiers[-1] in ("s32", "s64"):
         f = torch.maximum if name == "max" else torch.minimum
+    if "ftz" in modifiers:
+        f = _flushing(f)
     if "sat" in modifiers:
         return lambda *values: torch.nan_to_num(f(*values), nan=0.0).clamp(0, 1)
     return f
