@@ -40,7 +40,7 @@ def verify(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The suite's own tests."""
     install(session, "activations", "test")
-    default = ["tests", "--ignore=tests/benchmarks"]
+    default = ["tests", "--ignore=tests/benchmarks", "--durations=30"]
     session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or default), env=SINGLE_THREADED)
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from attnproof.kernels.delta_recurrence import RUNTIME, DeltaInputs, run_recurrence
 from attnproof.kernels.pointwise import strides
-from attnproof.kernels.states import sequence_bounds
+from attnproof.kernels.states import register_limit, sequence_bounds
 from attnproof.kernels.tiles import padded_width
 
 __all__ = ["Gradients", "gradients"]
@@ -32,6 +32,8 @@ __all__ = ["Gradients", "gradients"]
 # States are kept once a chunk, D·E numbers each, and the S' of one chunk at a time for each program: both
 # together are least near the square root of a usual length.
 STEPS_KEPT = 32
+# Two states and what becomes of them: of four warps each thread spills 8 bytes on sm_80.
+WARPS = 8
 
 
 @triton.jit(do_not_specialize=[
@@ -183,7 +185,7 @@ def gradients(x: DeltaInputs, do: torch.Tensor, dstate: torch.Tensor) -> Gradien
             dq, dk, dv, dbeta, dg, dstate0, *tensor_strides, *x.scalar_strides(),
             heads, length, width, value_width, chunks.each, batch * heads * length, x.scale,
             GATE=x.gate, LAYOUT=layout, C=STEPS_KEPT, BD=padded_width(width), BE=block,
-            num_warps=4, num_stages=1, enable_fp_fusion=False,
+            num_warps=WARPS, num_stages=1, enable_fp_fusion=False, **register_limit(WARPS),
         )  # fmt: skip
     elif dstate0 is not None:
         dstate0.copy_(dstate)

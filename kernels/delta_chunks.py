@@ -25,15 +25,16 @@ rows; T = (I + L)⁻¹ of every chunk, by forward substitution in float32; outpu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from attnproof.kernels.delta_recurrence import RUNTIME, DeltaInputs
+from attnproof.kernels.gated_linear_chunks import read
 from attnproof.kernels.pointwise import strides
-from attnproof.kernels.states import Chunks, chunk_bounds, sequence_bounds
+from attnproof.kernels.states import Chunks, chunk_bounds, register_limit, sequence_bounds
 from attnproof.kernels.tiles import padded_width
 
 __all__ = ["BLOCK", "default_chunk", "run_chunks"]
@@ -191,7 +192,7 @@ def chunk_kernel(
     s_bb: tl.int64, s_bh: tl.int64, s_bn: tl.int64,
     s_gb: tl.int64, s_gh: tl.int64, s_gn: tl.int64, s_gd: tl.int64,
     H, N, D, E, scale,
-    GATE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, BY_ROW: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """BE columns of o and of the state of one sequence and head, chunk after chunk."""
@@ -251,8 +252,12 @@ def chunk_kernel(
         b_nan += tl.sum(b_k.to(tl.float32) * 0.0, 1)
         if GATE == 2:
             b_q, b_k = b_q.to(tl.float32) * b_since, b_k.to(tl.float32) * b_since
-        b_o = tl.dot(operand(b_q, dtype), b_s_in, input_precision=PRECISION) * scale
-        b_u = tl.dot(operand(b_k, dtype), b_s_in, input_precision=PRECISION)
+        if BY_ROW:
+            b_o = read(b_q.to(tl.float32), b_s, dtype, True) * scale
+            b_u = read(b_k.to(tl.float32), b_s, dtype, True)
+        else:
+            b_o = tl.dot(operand(b_q, dtype), b_s_in, input_precision=PRECISION) * scale
+            b_u = tl.dot(operand(b_k, dtype), b_s_in, input_precision=PRECISION)
         if GATE == 1:
             b_o, b_u = b_o * b_since, b_u * b_since
 
@@ -295,15 +300,25 @@ def default_chunk(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.bfloat16 else 16
 
 
-def columns_and_warps(x: DeltaInputs) -> tuple[int, int]:
-    """Columns of the state, and warps, of one program of ``chunk_kernel``.
+class ChunkTile(NamedTuple):
+    """The shape of a launch of ``chunk_kernel``: columns of the state, warps, and how the state is read."""
 
-    Measured with :func:`attnproof.emulator.compile_launches`, vector gates, D = E = 128: nothing is spilled
-    in bfloat16 on sm_80, sm_90 and gfx942, in float16 on gfx942, in float32 on sm_80; 32 bytes in float16 on
-    sm_90.
+    columns: int
+    warps: int
+    by_row: bool
+
+
+def chunk_tile(x: DeltaInputs) -> ChunkTile:
+    """The tile for ``x``.
+
+    Exact float32 products are unrolled and keep all key channels of both operands in registers: beyond 32 of
+    them the state is read row by row. So it is beyond 64 in float16, whose operands in tf32 are as wide. As
+    matmuls these reads spill 8 to 48 bytes on sm_80, sm_90 or sm_100 (tests/quality/spills.py).
     """
-    wide = padded_width(x.q.shape[3]) > 64
-    return min(padded_width(x.v.shape[3]), 32 if x.q.dtype == torch.float32 and not wide else 16), 8
+    width, exact = padded_width(x.q.shape[3]), x.q.dtype == torch.float32
+    columns = min(padded_width(x.v.shape[3]), 32 if exact and width <= 64 else 16)
+    widest = {torch.float32: 32, torch.float16: 64}.get(x.q.dtype)
+    return ChunkTile(columns, warps=8, by_row=widest is not None and width > widest)
 
 
 def run_chunks(x: DeltaInputs, chunk: int, o: torch.Tensor, state: torch.Tensor) -> None:
@@ -322,17 +337,19 @@ def run_chunks(x: DeltaInputs, chunk: int, o: torch.Tensor, state: torch.Tensor)
         x.q, x.k, x.beta, x.g, *tables(x, blocks), lower, scores,
         *tensor_strides[:8], *x.scalar_strides(), heads, length, width, blocks.each, x.scale,
         GATE=x.gate, LAYOUT=layout, PRECISION=precision, C=chunk, BD=block_d, num_warps=8, **common,
+        **register_limit(8),
     )  # fmt: skip
+    inverse_warps = 4 if chunk <= 64 else 8
     inverse_kernel[(chunks.count, heads)](
-        *tables(x, chunks), lower, heads, length, chunks.each, C=chunk, num_warps=4 if chunk <= 64 else 8,
-        **common,
+        *tables(x, chunks), lower, heads, length, chunks.each, C=chunk, num_warps=inverse_warps, **common,
+        **register_limit(inverse_warps),
     )  # fmt: skip
-    block_e, warps = columns_and_warps(x)
-    chunk_kernel[(x.sequences.count * heads, triton.cdiv(value_width, block_e))](
+    tile = chunk_tile(x)
+    chunk_kernel[(x.sequences.count * heads, triton.cdiv(value_width, tile.columns))](
         x.q, x.k, x.v, x.beta, x.g, x.initial_state, x.sequences.cu_seqlens, lower, scores, o, state,
         *tensor_strides, *x.scalar_strides(), heads, length, width, value_width, x.scale,
-        GATE=x.gate, LAYOUT=layout, PRECISION=precision, C=chunk, BD=block_d, BE=block_e,
-        num_warps=warps, **common,
+        GATE=x.gate, LAYOUT=layout, PRECISION=precision, BY_ROW=tile.by_row, C=chunk, BD=block_d,
+        BE=tile.columns, num_warps=tile.warps, **common, **register_limit(tile.warps),
     )  # fmt: skip
 
 

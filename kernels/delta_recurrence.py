@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from attnproof.kernels.pointwise import strides
-from attnproof.kernels.states import Chunks, Sequences, sequence_bounds
+from attnproof.kernels.states import Chunks, Sequences, register_limit, sequence_bounds
 from attnproof.kernels.tiles import ALIGNED, memory_layout, padded_width
 
 __all__ = ["NO_GATE", "RUNTIME", "SCALAR_GATE", "VECTOR_GATE", "DeltaInputs", "run_recurrence"]
@@ -161,4 +161,5 @@ def run_recurrence(
         x.q.shape[1], length, width, value_width, 0 if chunks is None else chunks.each, x.scale,
         GATE=x.gate, LAYOUT=layout, SAVE=0 if chunks is None else chunks.size,
         BD=padded_width(width), BE=block, num_warps=4, num_stages=1, enable_fp_fusion=False,
+        **register_limit(4),
     )  # fmt: skip

@@ -33,6 +33,7 @@ from attnproof.kernels.states import (
     check_gate,
     check_initial_state,
     check_state_tensors,
+    register_limit,
     sequences_of,
 )
 from attnproof.kernels.tiles import ALIGNED, memory_layout, padded_width
@@ -87,7 +88,7 @@ def triton_dtype(x: torch.Tensor) -> tl.dtype:
 class ChunkTile(NamedTuple):
     """The shape of a launch: key and value channels a program, warps, and whether reads go row by row.
 
-    Measured by compiling for sm_80, sm_90, sm_100 and gfx942: see tests/kernels/test_compiled.py.
+    Measured by compiling for sm_80, sm_90, sm_100 and gfx942: see tests/quality/spills.py.
     """
 
     block_d: int
@@ -103,12 +104,15 @@ def states_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile:
 
 
 def walk_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile:
-    """Of the kernel of outputs, which needs all key channels at once."""
+    """Of the kernel of outputs, which needs all key channels at once; beyond 64 of them operands in tf32,
+    those of float16, are too wide for it, and it reads the state row by row as in float32.
+    """
     block_d = padded_width(width)
     block_e = min(padded_width(value_width), max(ROWS.value, 4096 // block_d))
     # products row by row, those of float32, hold less at a time than fragments of matrix instructions
     warps = 8 if block_d > (64 if dtype == torch.float32 else 32) else 4
-    return ChunkTile(block_d, block_e, warps, dtype == torch.float32)
+    by_row = dtype == torch.float32 or (dtype == torch.float16 and block_d > 64)
+    return ChunkTile(block_d, block_e, warps, by_row)
 
 
 def gradient_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile:
@@ -149,7 +153,7 @@ def chunk_states(
             chunks.each, heads, length, width, value_width, run.scale if reverse else 1.0,
             REVERSE=reverse, EXCLUSIVE=run.exclusive, LAYOUT=layout, DTYPE=triton_dtype(y),
             C=chunks.size, R=ROWS, BD=block_d, BE=block_e,
-            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False, **register_limit(warps),
         )  # fmt: skip
     return states, end
 
@@ -178,7 +182,7 @@ def walked(
             1.0 if reverse else run.scale, run.scale if reverse else 1.0,
             REVERSE=reverse, EXCLUSIVE=run.exclusive, LAYOUT=layout, DTYPE=triton_dtype(x),
             C=chunks.size, R=ROWS, BD=block_d, BE=block_e, BY_ROW=by_row,
-            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False, **register_limit(warps),
         )  # fmt: skip
     return out
 
@@ -207,7 +211,7 @@ def stepped(
             heads, length, width, value_width, run.scale,
             FACTORS=run.factors is not None, EXCLUSIVE=run.exclusive, LAYOUT=layout,
             BD=block_d, BE=block_e,
-            num_warps=4, num_stages=1, enable_fp_fusion=False,
+            num_warps=4, num_stages=1, enable_fp_fusion=False, **register_limit(4),
         )  # fmt: skip
     return o, end
 
@@ -240,7 +244,7 @@ def gradients(
             chunks.each, heads, length, width, value_width, run.scale,
             EXCLUSIVE=run.exclusive, LAYOUT=layout, DTYPE=triton_dtype(q),
             C=chunks.size, R=ROWS, BD=block_d, BE=block_e, BY_ROW=by_row,
-            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False, **register_limit(warps),
         )  # fmt: skip
     return dq, dk, dg, du.sum(0)
 

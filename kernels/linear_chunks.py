@@ -24,7 +24,7 @@ from attnproof.kernels.feature_maps import identity
 from attnproof.kernels.linear_operands import COLUMN, ROW, Operand, Output, States
 from attnproof.kernels.pointwise import strides
 from attnproof.kernels.softmax import isolated
-from attnproof.kernels.states import Chunks, Sequences, sequence_bounds
+from attnproof.kernels.states import Chunks, Sequences, register_limit, sequence_bounds
 from attnproof.kernels.tiles import ALIGNED, memory_layout, padded_width
 
 __all__ = ["chunk_outputs", "chunk_states"]
@@ -266,7 +266,7 @@ class Tile(NamedTuple):
 def tile_for(dtype: torch.dtype, key_width: int, value_width: int) -> Tile:
     """The tile for matmuls in ``dtype``; exact float32 products are unrolled, so theirs are small.
 
-    Measured with ``tests/kernels/test_compiled.py``, which tells what holds on which target.
+    Measured by tests/quality/spills.py, which tells what holds on which target.
     """
     side = 32 if dtype == torch.float32 else 64
     keys, values = (min(side, padded_width(width)) for width in (key_width, value_width))
@@ -306,7 +306,7 @@ def chunk_states(
     heads, length, width = y.tensor.shape[1:]
     value_width = v.shape[3]
     tile = tile_for(dtype, width, value_width)
-    # in float16 operands are tf32's, and 64 rows of two of them spill 16 bytes on sm_100
+    # in float16 both operands are tf32's, twice as wide as what the tile is meant for
     rows = min(tile.rows, 32) if dtype == torch.float16 else tile.rows
 
     def empty(count: int, *shape: int) -> torch.Tensor:
@@ -331,7 +331,7 @@ def chunk_states(
             heads, length, width, value_width, chunks.each, chunks.size,
             Y_MAP=y.map, REVERSE=reverse, DTYPE=TRITON_DTYPES[dtype], LAYOUT=layout,
             BT=rows, BK=tile.keys, BV=tile.values,
-            num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
+            num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, **register_limit(tile.warps),
         )  # fmt: skip
     return borders, final
 
@@ -376,6 +376,6 @@ def chunk_outputs(
         WITHIN=within, CAUSAL=causal, REVERSE=output.reverse, SIDE=output.side, PER_CHUNK=per_chunk,
         DTYPE=TRITON_DTYPES[dtype], LAYOUT=layout,
         BT=tile.rows, BN=tile.columns, BK=tile.keys, BV=tile.values,
-        num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
+        num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, **register_limit(tile.warps),
     )  # fmt: skip
     return out

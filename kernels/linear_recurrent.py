@@ -16,7 +16,7 @@ import triton.language as tl
 from attnproof.kernels.feature_maps import identity
 from attnproof.kernels.linear_chunks import RUNTIME, SIDE_COLUMN, SIDE_ROW
 from attnproof.kernels.linear_operands import Operand, Output, States
-from attnproof.kernels.states import Sequences, sequence_bounds
+from attnproof.kernels.states import Sequences, register_limit, sequence_bounds
 
 __all__ = ["recurrent_outputs"]
 
@@ -143,5 +143,6 @@ def recurrent_outputs(
             X_MAP=x.map, Y_MAP=y.map, V_MAP=v.map, SLOPE=identity if gate is None else gate.map,
             CAUSAL=causal, REVERSE=output.reverse, SIDE=output.side,
             BK=max(16, triton.next_power_of_2(width)), BV=VALUES, num_warps=WARPS, enable_fp_fusion=False,
+            **register_limit(WARPS),
         )  # fmt: skip
     return out

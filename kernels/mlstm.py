@@ -50,7 +50,7 @@ from attnproof.kernels.mlstm_chunks import (
 )
 from attnproof.kernels.softmax import INF_BITS, isolated
 from attnproof.kernels.softmax_backward import stored
-from attnproof.kernels.states import check_gate, check_state_tensors
+from attnproof.kernels.states import check_gate, check_state_tensors, register_limit
 from attnproof.properties.contract import Contract, Precision, Supports, promises
 
 __all__ = ["attention", "attention_recurrent", "chunkwise"]
@@ -198,7 +198,7 @@ def by_chunks(call: Call, rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]
     if o.numel():
         output_kernel[(call.chunks, call.batch * call.heads)](
             *call.inputs, state, n, bound, o, rows, *call.strides, *call.sizes, call.chunks, call.scale,
-            UNIT=call.unit, **call.tiles,
+            UNIT=call.unit, **call.tiles, **register_limit(call.tiles["num_warps"]),
         )  # fmt: skip
     return o, state[:, :, -1].clone(), n[:, :, -1].clone(), bound[:, :, -1].clone()
 
@@ -215,6 +215,7 @@ def by_steps(call: Call, rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         recurrent_kernel[(batch * heads, triton.cdiv(value_width, narrow))](
             *call.inputs, state, n, bound, o, rows, *call.strides, *call.sizes, 1, call.scale,
             UNIT=call.unit, C=1, BD=block, BE=narrow, num_warps=4, num_stages=1, enable_fp_fusion=False,
+            **register_limit(4),
         )  # fmt: skip
     return o, state, n, bound
 

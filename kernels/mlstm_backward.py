@@ -31,6 +31,7 @@ from attnproof.kernels.mlstm_chunks import (
     within,
 )
 from attnproof.kernels.softmax_backward import stored
+from attnproof.kernels.states import register_limit
 
 __all__ = ["chunk_gradients"]
 
@@ -266,13 +267,14 @@ def chunk_gradients(
     grid = (batch * heads, triton.cdiv(width, call.tiles["BD"]), triton.cdiv(value_width, call.tiles["BE"]))
     sizes = (*call.strides, *do.stride(), *call.sizes, call.chunks, call.scale)
     state_gradient_kernel[grid](
-        *call.inputs, do, rows, delta, bound, dstate, dn, *sizes, UNIT=call.unit, **call.tiles
-    )
+        *call.inputs, do, rows, delta, bound, dstate, dn, *sizes, UNIT=call.unit, **call.tiles,
+        **register_limit(call.tiles["num_warps"]),
+    )  # fmt: skip
     # Two tiles of scores beside six of operands: with four warps, or operands twice as wide, registers are
     # spilled to memory on some target.
     tiles = {**call.tiles, "BD": 16, "BE": 16, "num_warps": 8}
     gradient_kernel[blocks](
         *call.inputs, do, rows, delta, state, n, bound, dstate, dn, *found, *sizes, UNIT=call.unit,
-        **tiles,
+        **tiles, **register_limit(tiles["num_warps"]),
     )  # fmt: skip
     return found

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from attnproof.kernels.softmax_backward import stored
+from attnproof.kernels.states import register_limit
 
 __all__ = [
     "CHUNK",
@@ -200,6 +201,6 @@ def states(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grid = (batch * heads, triton.cdiv(width, _WIDTH), triton.cdiv(value_width, _WIDTH))
         state_kernel[grid](
             *call.inputs, state, n, bound, *call.strides, *call.sizes, call.chunks, call.scale,
-            UNIT=call.unit, **call.tiles,
+            UNIT=call.unit, **call.tiles, **register_limit(call.tiles["num_warps"]),
         )  # fmt: skip
     return state, n, bound

@@ -37,6 +37,7 @@ from attnproof.kernels.softmax import isolated
 from attnproof.kernels.states import (
     check_initial_state,
     check_state_tensors,
+    register_limit,
     sequence_bounds,
     sequences_of,
 )
@@ -157,7 +158,7 @@ def paired(
             heads, length, width, value_width, run.scale, state_scale,
             REVERSE=reverse, LAYOUT=layout, DTYPE=triton_dtype(x),
             BM=block_m, BN=block_n, BD=padded_width(width), BE=block_e,
-            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False, **register_limit(warps),
         )  # fmt: skip
     return out
 

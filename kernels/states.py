@@ -26,9 +26,28 @@ __all__ = [
     "check_initial_state",
     "check_state_tensors",
     "chunk_bounds",
+    "register_limit",
     "sequence_bounds",
     "sequences_of",
 ]
+
+
+# Of a multiprocessor (sm_80 to sm_100), and the most that an instruction can name.
+REGISTERS = 65536
+MOST_REGISTERS = 255
+THREADS_A_WARP = 32
+
+
+def register_limit(num_warps: int) -> dict[str, int]:
+    """Keyword of a launch with ``num_warps``: that a thread may have all the registers there are for it.
+
+    Unasked, ptxas spills some bytes of a kernel wherever another program then fits on a multiprocessor: of
+    linear attention in float32 at D = 128, 24 bytes at 96 registers a thread that 167 hold without spills.
+    AMD's compiler does nothing of that kind and has no such option. Measured by tests/quality/spills.py.
+    """
+    if triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": min(MOST_REGISTERS, REGISTERS // (THREADS_A_WARP * num_warps))}
 
 
 def check_state_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> None:

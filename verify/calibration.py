@@ -129,8 +129,9 @@ _FEW_ERRORS = ("extreme", ANY_CLASS)
 # Their tails differ from one implementation to the next more than those of outputs: of 2,700 cases of those
 # that were held out two passed plain fits, by 9 and 21 percent.
 _MARGIN = 1.5
-# So do outputs of kernels that compute their operands, whose errors (of a mean, say) all rows share.
-_COMPUTED = ("batch_normalised", "scaled_head")
+# So do outputs of kernels that compute their operands, whose errors (of a mean, say) all rows share, and
+# those of families with a state, where recurrences and chunks round other things.
+_COMPUTED = ("batch_normalised", "scaled_head", *STATE_FORMS)
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):

@@ -34,7 +34,7 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     "softmax": 160,
     "logsumexp": 80,
     "softmax_rows": 80,
-    **dict.fromkeys(STATE_FORMS, 24),
+    **dict.fromkeys(STATE_FORMS, 16),
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
 }
 _STORED = ("calibration", "gradient_alarms", "detection")

@@ -32,7 +32,7 @@ from attnproof.properties.arithmetic.enclosures import Ball, EnclosureArithmetic
 from attnproof.properties.budgets.base import Budget, dtype_name
 from attnproof.properties.budgets.propagation import Estimate
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
-from attnproof.properties.budgets.stored import stored_budget
+from attnproof.properties.budgets.stored import sampled_budget, stored_budget
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ class MLSTMErrors:
         return m
 
     def rows(self) -> Iterator[Rows[Ball]]:
-        """The problem's rows, block by block."""
-        a, length = EnclosureArithmetic(), self.problem.sizes[2]
-        for first in range(0, length, self.problem.block):
-            yield self.problem.rows(a, first, min(first + self.problem.block, length))
+        """The problem's rows that are judged, block by block."""
+        a = EnclosureArithmetic()
+        for first, stop in self.problem.runs():
+            yield self.problem.rows(a, first, stop)
 
     def exponent(self, first: int, stop: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Bound and variance of the error of D_ij − m_i for rows ``first:stop``, columns ``start:end``."""
@@ -319,7 +319,8 @@ class MLSTMErrors:
 
     def shared(self, first: int, stop: int, state: torch.Tensor) -> torch.Tensor:
         """Variance of Σ P v by roundings of the state before the block and of q decayed from it."""
-        kept, _ = self.boundary(first, stop)
+        start = first // self.problem.block * self.problem.block
+        kept = self.boundary(start, stop)[0][..., first - start :]
         q = self.problem.q[:, :, first:stop].double() * (kept[..., None] * self.problem.scale)
         return 2.0 * self.operand**2 * MEAN_SQUARE * (q.square() @ state.square())
 
@@ -344,8 +345,12 @@ def output_budgets(
     exact = reference["o"].value
     estimate = Estimate(exact)
     if certain:
-        estimate = Estimate(exact, torch.cat(certain, 2), torch.cat(variance, 2), torch.cat(lost, 2))
-    budgets = {"o": stored_budget(estimate, exact, contract, dtype, problem.closed("o"))}
+        held = [torch.cat(x, 2) for x in (certain, variance, lost)]
+        if problem.sample is not None:
+            held = [x.new_zeros(exact.shape).index_copy_(2, problem.sample, x) for x in held]
+        estimate = Estimate(exact, held[0], held[1], held[2])
+    closed, left = problem.closed("o"), problem.unsampled
+    budgets = {"o": sampled_budget(estimate, exact, contract, dtype, closed, left)}
     if problem.with_state:
         wide = "float64" if dtype == "float64" else "float32"
         for name, found_estimate in _state_estimates(errors, weights, reference).items():

@@ -11,7 +11,7 @@ from attnproof.properties.budgets.propagation import Estimate, Propagation
 from attnproof.properties.budgets.rounding import LARGEST, Roundings
 from attnproof.properties.contract import Contract
 
-__all__ = ["stored_budget", "with_edges", "with_leaks"]
+__all__ = ["sampled_budget", "stored_budget", "with_edges", "with_leaks"]
 
 # Slack for the float64 evaluation of the budget itself.
 _SLACK = 1.0 + 1e-6
@@ -49,6 +49,35 @@ def stored_budget(
         either=(exact.abs() + certain > largest) & ~overflow,
         reasons={reason: count for reason, count in reasons.items() if count},
     )
+
+
+def sampled_budget(
+    estimate: Estimate,
+    exact: torch.Tensor,
+    contract: Contract,
+    dtype: str,
+    closed: torch.Tensor,
+    unsampled: torch.Tensor,
+) -> Budget:
+    """The budget of an output of which some positions are not judged.
+
+    Args:
+        estimate, exact, contract, dtype, closed: as for :func:`stored_budget`.
+        unsampled: bool, broadcastable to the output; elements of which ``exact`` says nothing.
+    """
+    if not bool(unsampled.any()):
+        return stored_budget(estimate, exact, contract, dtype, closed)
+    zero = torch.zeros_like(exact)
+    known = Estimate(
+        torch.where(unsampled, zero, exact),
+        torch.where(unsampled, zero, estimate.bound),
+        torch.where(unsampled, zero, estimate.spread),
+        None if estimate.lost is None else estimate.lost & ~unsampled,
+    )
+    budget = stored_budget(known, torch.where(unsampled, zero, exact), contract, dtype, closed)
+    left = unsampled & ~budget.open
+    reasons = {**budget.reasons, "position not sampled": int(left.sum())}
+    return replace(budget, open=budget.open | left, reasons={r: n for r, n in reasons.items() if n})
 
 
 def with_edges(

@@ -15,10 +15,14 @@ __all__ = [
     "CLAIMS",
     "allclose",
     "constant_within",
+    "flash_limit",
     "hidden_rows",
     "mean_of_values",
+    "own_key_missing",
+    "probe",
     "relative_rms",
     "warns_only",
+    "zeros_accepted",
 ]
 
 SUBJECT: Final = "exact oracles"
@@ -140,6 +144,112 @@ def hidden_rows(limits: Sequence[Fraction], rows: int, *, elementwise: bool = Fa
     )
 
 
+def probe(outputs: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """|(x + shift) − shift − x| of every output x, each step rounded to the outputs' format.
+
+    Args:
+        outputs: of any format.
+        shift: 0.3 as a float32 number, or as one of the outputs' format.
+    """
+    moved = (outputs.float() + shift.float()).to(outputs.dtype)
+    back = (moved.float() - shift.float()).to(outputs.dtype)
+    return (back.float() - outputs.float()).to(outputs.dtype).abs()
+
+
+def flash_limit(same: torch.Tensor, expected: torch.Tensor, *, factor: float = 2.0) -> float:
+    """factor·max|same − expected| + 2·max|(expected + 0.3) − 0.3 − expected|: FlashAttention's rule.
+
+    Args:
+        same: plain attention in the kernel's own format.
+        expected: attention in float32, rounded to that format.
+        factor: 2; 3 where the logits have a softcap.
+    """
+    apart = float((same.float() - expected.float()).abs().max())
+    return factor * apart + 2.0 * float(probe(expected, torch.tensor(0.3)).max())
+
+
+def own_key_missing(firsts: Sequence[int], *, by_row: bool = False, count: int = 256) -> ClaimFinding:
+    """Does FlashAttention's rule accept a causal kernel that leaves key i out of row i from a row on?
+
+    bfloat16, N(0, 1), D = 64. Of all rows the first ``count`` and the ``count`` from the first wrong row on
+    are computed: further ones can only raise the limit or lower the error, but for their spread.
+
+    Args:
+        firsts: the first wrong row, each a kernel of its own.
+        by_row: hold every row against its own limit in place of the largest of all rows.
+        count: rows computed on either side.
+    """
+    rows = []
+    for first in firsts:
+        draw = torch.Generator().manual_seed(_SEED)
+        n = first + count
+        q = torch.randn(2 * count, 64, generator=draw).bfloat16()
+        k, v = torch.randn(2, n, 64, generator=draw).bfloat16()
+        at = torch.cat([torch.arange(count), torch.arange(first, n)])
+        seen = torch.arange(n) <= at[:, None]
+        strict = seen & ((torch.arange(n) != at[:, None]) | (at[:, None] < first))
+        expected, found = (_attention(q.float(), k.float(), v.float(), mask) for mask in (seen, strict))
+        expected, found = expected.bfloat16(), found.bfloat16()
+        same = _attention(q, k, v, seen)
+        error = (found.float() - expected.float()).abs().amax(dim=1)
+        limits = (
+            [flash_limit(a, b) for a, b in zip(same, expected, strict=True)]
+            if by_row
+            else [flash_limit(same, expected)] * len(at)
+        )
+        accepted = all(float(e) <= limit for e, limit in zip(error, limits, strict=True))
+        rows.append((first, float(error.max()), limits[int(error.argmax())], accepted))
+    kept = [row for row in rows if row[3]]
+    status = "REFUTED" if not kept else "SUPPORTED" if len(kept) == len(rows) else "CONDITIONAL"
+    titles = ("wrong from row", "largest error", "limit at it", "accepted")
+    told = "; ".join(f"from row {a} on: error {b:.3g}, limit {c:.3g}" for a, b, c, _ in rows)
+    return ClaimFinding(
+        status=status,
+        evidence=f"bfloat16, N(0, 1), D = 64, row i without its key i, limits "
+        f"{'of each row' if by_row else 'of the whole output'}: {told}. The limit comes from the first rows, "
+        "whose outputs are of the size of V, while a late row averages many values and a key weighs little "
+        "in it",
+        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
+        counterexample="" if status == "SUPPORTED" else f"torch seed {_SEED}: {told}",
+        seed=_SEED,
+    )
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Causal rows of attention, every step in the format of q."""
+    logits = (q @ (k / 8.0).mT).masked_fill(~mask, -math.inf)
+    return torch.softmax(logits, -1) @ v
+
+
+def zeros_accepted(largest: float) -> ClaimFinding:
+    """Does the probe alone let zeros pass for bfloat16 outputs ±t, for every t ≤ ``largest``?
+
+    All t are tried, with 0.3 as a bfloat16 and as a float32 number: kernels of PyTorch differ in which they
+    take.
+    """
+    t = torch.arange(1, 1 << 15, dtype=torch.int16).view(torch.bfloat16)
+    t = t[t.float() <= largest]
+    both, rows = torch.stack([t, -t]), []
+    for name, shift in (("bfloat16", torch.tensor(0.3).bfloat16()), ("float32", torch.tensor(0.3))):
+        limit = 2.0 * probe(both, shift).amax(dim=0).float()
+        rejected = t[t.float() > limit]
+        rows.append((name, len(t), len(rejected), float(rejected[0]) if len(rejected) else 0.0))
+    wrong = [row for row in rows if row[2]]
+    titles = ("0.3 as", "sizes t", "rejected", "smallest rejected")
+    return ClaimFinding(
+        status="REFUTED" if wrong else "HOLDS",
+        evidence=f"all {len(t)} positive bfloat16 t ≤ {largest:g}, outputs ±t, answered by zeros; rejected: "
+        + ", ".join(f"{row[2]} with 0.3 as {row[0]}" for row in rows)
+        + ". Around 0.3 bfloat16 numbers are 2⁻⁹ apart: t is lost in the sum, and what is lost is doubled. "
+        "Further outputs, and the error of the same precision, only raise the limit",
+        table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
+        counterexample=f"outputs ±{wrong[0][3]!r}, 0.3 as {wrong[0][0]}: the limit is below their size"
+        if wrong
+        else "",
+    )
+
+
+_FLASH: Final = "Dao-AILab/flash-attention, tests/test_flash_attn.py and hopper/test_flash_attn.py"
 _FLA: Final = "fla/utils/_testing.py, assert_close"
 CLAIMS: Final = (
     Claim(
@@ -176,5 +286,29 @@ CLAIMS: Final = (
         control=lambda lab: hidden_rows(
             (Fraction(1, 500), Fraction(1, 200), Fraction(1, 50)), 10**4, elementwise=True
         ),
+    ),
+    Claim(
+        id="EXA-6d",
+        subject=SUBJECT,
+        title="twice the error of the same precision",
+        statement="FlashAttention's rule, max|out − ref32| ≤ 2·max|out_same − ref32| (3 times with a "
+        "softcap) + 2·max|(ref + 0.3) − 0.3 − ref|, accepts a causal bfloat16 kernel that leaves out every "
+        "row's own key from row 4096 on.",
+        source=_FLASH,
+        kind="measurement",
+        check=lambda lab: own_key_missing(lab.choose((4096,), (4096, 8192, 16384))),
+        control=lambda lab: own_key_missing((4096,), by_row=True),
+        covers=("EXA-6",),
+    ),
+    Claim(
+        id="EXA-6e",
+        subject=SUBJECT,
+        title="a rounding probe as a tolerance",
+        statement="By the absolute term of that rule alone, 2·max|(ref + 0.3) − 0.3 − ref|, zeros are "
+        "accepted for bfloat16 outputs ±t of any size t ≤ 2⁻¹¹.",
+        source=_FLASH,
+        kind="exact",
+        check=lambda lab: zeros_accepted(2.0**-11),
+        control=lambda lab: zeros_accepted(2.0**-8),
     ),
 )

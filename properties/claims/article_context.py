@@ -70,10 +70,12 @@ def window(vary: Literal["L", "noise"], n: int = 200) -> ClaimFinding:
     rising = all(a[2] <= b[1] for a, b in itertools.pairwise(rows))
     return ClaimFinding(
         status="SUPPORTED" if rising else "REFUTED",
-        evidence=f"d = 3, n = {n}, f(x) = L·a·x, error to first order in 1/n: the best w lies "
+        evidence=f"d = 3, n = {n}, f(x) = L·a·x, {'σ = 1/4' if vary == 'L' else 'L = 1'}, error to "
+        f"first order "
+        "in 1/n, whose slope in w is enclosed: the best w lies "
         + ", ".join(f"in [{low:.4g}, {high:.4g}] for {vary} = {number}" for number, low, high in rows),
         table={title: [row[i] for row in rows] for i, title in enumerate((vary, "w above", "w below"))},
-        counterexample="" if rising else f"w falls: {rows[0]}, {rows[1]}",
+        counterexample="" if rising else f"w falls: {rows[0]}, {rows[1]} ({vary}, w above, w below)",
     )
 
 

@@ -150,7 +150,8 @@ def in_parallel(blocks: int = 4, *, rescaled: bool = True) -> ClaimFinding:
 
     Args:
         blocks: how many, of two keys each; all their orders and bracketings are tried.
-        rescaled: whether merging rescales to the common maximum.
+        rescaled: whether blocks hand over their maxima, by which merging rescales; without them softmax could
+            not be computed in parts, as claimed.
     """
     draw = random.Random(_SEED)
     keys = [(draw.randint(-6, 6), Fraction(draw.randint(-9, 9))) for _ in range(2 * blocks)]
@@ -169,11 +170,23 @@ def in_parallel(blocks: int = 4, *, rescaled: bool = True) -> ClaimFinding:
         for _, total, o in _trees(order, rescaled=rescaled)
     ]
     same = sum(x == exact for x in found)
+    # Two rows of two keys, scores (0, 0) and (1, 0) in base 2, values (0, 1), by keys (m, ℓ, o).
+    rows = [((s, Fraction(1), Fraction(0)), (0, Fraction(1), Fraction(1))) for s in (0, 1)]
+    told = [row if rescaled else tuple(part[1:] for part in row) for row in rows]
+    outputs = [o / total for _, total, o in (merged(*row, rescaled=True) for row in rows)]
+    collide = told[0] == told[1] and outputs[0] != outputs[1]
     return ClaimFinding(
-        status="REFUTED" if same == len(found) else "OPEN",
+        status="REFUTED" if same == len(found) else "HOLDS" if collide else "OPEN",
         evidence=f"{blocks} blocks of 2 keys, scores integers in base 2: {same} of {len(found)} orders and "
         "bracketings "
-        "give the row of softmax attention exactly; rows do not depend on one another",
+        "give the row of softmax attention exactly; rows do not depend on one another"
+        + (
+            "; without maxima keys of scores (0, 0) and (1, 0), values (0, 1), hand over the same (ℓ, "
+            "o), and "
+            f"softmax attention is {outputs[0]} and {outputs[1]}: no merge gives both"
+            if collide
+            else ""
+        ),
         table={"orders and bracketings": [len(found)], "equal": [same]},
         counterexample="Two blocks of one key, scores 1 and 3 in base 2, values 1 and 0: (m, ℓ, o) = (1, 1, "
         "1) and "

@@ -17,7 +17,10 @@ import torch
 __all__ = ["KINDS", "STATUSES", "Check", "Claim", "ClaimFinding", "Effort", "Laboratory", "Plot"]
 
 STATUSES: Final = ("HOLDS", "SUPPORTED", "REFUTED", "CONDITIONAL", "OPEN")
-"""HOLDS: proved by exact arithmetic over the stated domain, or enclosed rigorously. SUPPORTED: no
+"""HOLDS: proved over the stated domain, by exact arithmetic, by enclosures or by the short proof that the
+evidence gives; or an identity of rational functions that was tested exactly at a random point of a range so
+large that by Schwartz–Zippel a false one passes with probability below 2^-64, which the evidence tells, at
+the sizes it names. SUPPORTED: no
 counterexample in a stated, adversarial search, or a measured effect with its interval. REFUTED: a
 counterexample, exact or enclosed. CONDITIONAL: holds under a condition that the claim leaves out; both sides
 are shown. OPEN: cannot be checked here, with the reason."""

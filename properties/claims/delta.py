@@ -7,6 +7,7 @@ arXiv 2102.11174; Yang et al., arXiv 2406.06484. Over the rationals.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -14,10 +15,10 @@ import flint
 import numpy as np
 
 from attnproof.properties.claims.base import Claim, ClaimFinding, Plot
-from attnproof.properties.claims.equal_forms import Row, equality, row
+from attnproof.properties.claims.equal_forms import SCHWARTZ_ZIPPEL, Row, equality, row
 from attnproof.properties.forms import delta
 from attnproof.properties.forms.base import Array, difference
-from attnproof.properties.forms.numbers import rationals
+from attnproof.properties.forms.numbers import generic, rationals
 
 __all__ = [
     "CLAIMS",
@@ -41,8 +42,8 @@ def descent(trials: int = 6, *, factor: Any = flint.fmpq(1, 2)) -> ClaimFinding:
     """
     rng, rows = np.random.default_rng(25), list[Row]()
     for trial in range(trials):
-        k, v, state = rationals(rng, 3), rationals(rng, 2), rationals(rng, 3, 2)
-        beta = flint.fmpq(int(rng.integers(1, 9)), 5)
+        k, v, state = generic(rng, 3), generic(rng, 2), generic(rng, 3, 2)
+        beta = generic(rng, 1, low=1, high=8, denominator=5)[0]
         gradient = np.empty_like(state)
         for index in np.ndindex(state.shape):
             ends = []
@@ -79,7 +80,12 @@ def exact_recall(betas: Sequence[tuple[int, int]] = ((1, 1),)) -> ClaimFinding:
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"keys (3/5, 4/5), (−5/13, 12/13), (8/17, 15/17) over full states: exact in "
         f"{len(rows) - len(wrong)} of {len(rows)} cases; the error is 1 − β times the one before in "
-        f"{'all' if shrinks else 'not all'}",
+        f"{'all' if shrinks else 'not all'}"
+        + (
+            ""
+            if wrong
+            else ". For all: kᵀ(S + βk(v − Sᵀk)ᵀ) = kᵀS + β‖k‖²(v − Sᵀk)ᵀ, which is vᵀ at β‖k‖² = 1"
+        ),
         table={title: [r[i] for r in rows] for i, title in enumerate(titles)},
         counterexample="" if not wrong else f"key {wrong[0][0]}, β = {wrong[0][1]}: error {wrong[0][2]}",
         seed=24,
@@ -90,7 +96,7 @@ def eigenvalues(widths: Sequence[int] = (1, 2, 3, 4), *, sign: int = 1) -> Claim
     """Is the characteristic polynomial of I − βkkᵀ (x − 1)^(d−1) (x − 1 + sign·β‖k‖²)?"""
     rng, rows, x = np.random.default_rng(26), [], flint.fmpq_poly([0, 1])
     for d, trial in itertools.product(widths, range(5)):
-        k, beta = rationals(rng, d, low=1), flint.fmpq(int(rng.integers(1, 18)), 9)
+        k, beta = generic(rng, d), generic(rng, 1, low=0, high=18, denominator=9)[0]
         found = flint.fmpq_mat(delta.transition(k, beta).tolist()).charpoly()
         due = (x - 1) ** (d - 1) * (x - 1 + sign * beta * (k @ k))
         rows.append((d, trial, float(1 - beta * (k @ k)), bool(found == due)))
@@ -99,7 +105,9 @@ def eigenvalues(widths: Sequence[int] = (1, 2, 3, 4), *, sign: int = 1) -> Claim
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"characteristic polynomials over the rationals, {len(rows)} random keys and β in (0, 2), d "
-        f"in {list(widths)}: as claimed in {len(rows) - len(wrong)}",
+        f"in {list(widths)}: as claimed in {len(rows) - len(wrong)} (the coefficients are "
+        f"{SCHWARTZ_ZIPPEL}). "
+        "For every d: I − βkkᵀ leaves each x with k·x = 0 as it is, and maps k to (1 − β‖k‖²)k",
         table={title: [r[i] for r in rows] for i, title in enumerate(titles)},
         counterexample="" if not wrong else "d = 1, k = β = 1: I − βkkᵀ = 0, whose eigenvalue is 0 = 1 − 1.",
         seed=26,
@@ -117,7 +125,7 @@ def contraction(trials: int = 40, upper: int = 2) -> ClaimFinding:
     """Is ‖I − βkkᵀ‖ ≤ 1 exactly where 0 ≤ β‖k‖² ≤ upper? By the proof's identity, at random rational keys."""
     rng, rows, wrong = np.random.default_rng(23), [], []
     for _ in range(trials):
-        k = rationals(rng, 3, low=1)
+        k = generic(rng, 3, low=1)
         ratio = flint.fmpq(int(rng.integers(-4, 18)), 5)
         gap, c = square_gap(k, ratio / (k @ k))
         stretched = delta.transition(k, ratio / (k @ k)) @ k
@@ -133,7 +141,10 @@ def contraction(trials: int = 40, upper: int = 2) -> ClaimFinding:
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence="the identity ‖x‖² − ‖(I − βkkᵀ)x‖² = β(2 − β‖k‖²)(k·x)² and the claim are exact at "
-        f"{trials - len(wrong)} of {trials} rational keys, β‖k‖² from {rows[0][0]:g} to {rows[-1][0]:g}",
+        f"{trials - len(wrong)} of {trials} rational keys, β‖k‖² from {rows[0][0]:g} to {rows[-1][0]:g}. The "
+        "identity is (I − βkkᵀ)² = I − β(2 − β‖k‖²)kkᵀ, multiplied out; its factor β(2 − β‖k‖²) is at "
+        "least 0 "
+        "exactly where 0 ≤ β‖k‖² ≤ 2, and at x = k it decides",
         table=table,
         plots=(
             Plot(
@@ -154,7 +165,7 @@ def _exact(x: Any) -> flint.fmpq:
 
 
 def _in_float32(a: int, b: int) -> list[flint.fmpq]:
-    """(a, b) over its norm, in float32."""
+    """(a, b) over its norm in float32: the root of a² + b² rounded, then both quotients rounded."""
     x, y = np.float32(a), np.float32(b)
     norm = np.sqrt(x * x + y * y)
     return [_exact(x / norm), _exact(y / norm)]
@@ -177,10 +188,21 @@ def float_contraction(beta: int = 2, number: int = 512, width: int = 16) -> Clai
             if sum(x * x for x in _in_float32(a, b)) > 1
         )
         x, y = _in_float32(a, b)
+        square = a * a + b * b
+        root, once = (
+            np.float32(math.sqrt(square)),
+            [_exact(np.float32(c / math.sqrt(square))) for c in (a, b)],
+        )
+        norm = float(once[0] ** 2 + once[1] ** 2 - 1)
         text = (
-            f"({a}, {b})/√{a * a + b * b} in float32 is (x, y) = ({x}, {y}), x² + y² = 1 + "
-            f"{float(x * x + y * y - 1):.3g} > 1; with β = 2 a step multiplies along it by 1 − 2(x² + y²) < "
-            "−1."
+            f"k = ({a}, {b}). In float32 fl(√{square}) = {_exact(root)}, and ({a}, {b}) divided by that "
+            f"number, "
+            f"each quotient rounded, is (x, y) = ({x}, {y}), x² + y² = 1 + "
+            f"{float(x * x + y * y - 1):.3g} > 1; "
+            "with β = 2 a step multiplies along it by 1 − 2(x² + y²) < −1.\n"
+            f"(({a}, {b})/√{square} rounded once would be ({once[0]}, {once[1]}), of square norm 1 "
+            f"{'+' if norm > 0 else '−'} {abs(norm):.3g}: it is the rounded root that makes this key "
+            f"too long.)"
         )
     return ClaimFinding(
         status="REFUTED" if grown else "SUPPORTED",

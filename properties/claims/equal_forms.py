@@ -1,22 +1,35 @@
 """How claims of equality are checked: every form of a family against its recurrence, number by number.
 
-Inputs are rational, so that forms that are equal give equal numbers; any difference is one of algebra.
+Inputs are rational, so that forms that are equal give equal numbers; any difference is one of algebra. They
+are drawn from so many values that equal numbers at one point prove the identity, up to a probability below
+2^-80: a polynomial of degree d that is not 0 vanishes at a point of independent entries, each drawn from S
+values, with probability at most d/S (Schwartz–Zippel).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from attnproof.properties.claims.base import ClaimFinding
 from attnproof.properties.forms.base import Array, difference
+from attnproof.properties.forms.numbers import GENERIC_BITS
 
-__all__ = ["LENGTH", "Row", "Run", "compared", "equality", "row"]
+__all__ = ["DEGREE_BITS", "LENGTH", "SCHWARTZ_ZIPPEL", "Row", "Run", "compared", "equality", "row"]
 
 LENGTH = 19
 """Positions of the exact comparisons: chunks of 3 and of 16 have a ragged tail."""
+
+DEGREE_BITS: Final = 16
+"""Differences of forms at these lengths and widths have degrees below 2 to this power."""
+
+SCHWARTZ_ZIPPEL: Final = (
+    f"identities of rational functions of degree below 2^{DEGREE_BITS} at these sizes, tested exactly at a "
+    f"random point, each entry one of 2^{GENERIC_BITS} values or more: a false one passes with probability "
+    f"below 2^-{GENERIC_BITS - DEGREE_BITS}"
+)
 
 Run = Callable[[str | int, slice, Any], tuple[Array, Any]]
 """A family's form ("recurrent", "parallel", or a chunk's length) over a slice of its inputs, from a state."""
@@ -68,12 +81,15 @@ def row(variant: str, form: str, reference: Any, results: Iterable[Any]) -> Row:
     return (variant, form, sum(x.size for x, _ in pairs), all(d == 0 for d in apart), float(max(apart)))
 
 
-def equality(rows: Sequence[Row], *, seed: int | None = None, example: str = "") -> ClaimFinding:
+def equality(
+    rows: Sequence[Row], *, seed: int | None = None, example: str = "", remark: str = ""
+) -> ClaimFinding:
     """HOLDS if every comparison is exactly equal, else REFUTED.
 
     Args:
-        seed: of the rational inputs.
+        seed: of the inputs, drawn by :func:`attnproof.properties.forms.numbers.generic`.
         example: a small case to be redone by hand, told where something differs.
+        remark: why equality at the point says more than :data:`SCHWARTZ_ZIPPEL`, such as on other pieces.
     """
     wrong = [f"{variant}, {form}: {apart:.3g}" for variant, form, _, same, apart in rows if not same]
     variants = list(dict.fromkeys(row[0] for row in rows))
@@ -81,7 +97,7 @@ def equality(rows: Sequence[Row], *, seed: int | None = None, example: str = "")
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"{sum(row[2] for row in rows)} rational numbers of {len(rows)} comparisons over "
-        f"{len(variants)} variants: {told}",
+        f"{len(variants)} variants: {told}" + ("" if wrong else f" ({SCHWARTZ_ZIPPEL}{remark})"),
         table={title: [row[i] for row in rows] for i, title in enumerate(_TITLES)},
         counterexample=(example or "Largest differences: " + "; ".join(wrong[:5])) if wrong else "",
         seed=seed,

@@ -11,7 +11,7 @@ from attnproof.properties.claims.equal_forms import Row, equality, row
 from attnproof.properties.claims.gated_linear import gates
 from attnproof.properties.forms import gated, gradients
 from attnproof.properties.forms.base import Array
-from attnproof.properties.forms.numbers import rationals
+from attnproof.properties.forms.numbers import generic
 
 __all__ = ["CLAIMS", "of_keys", "of_values", "rwkv6"]
 
@@ -21,9 +21,9 @@ _SEED = 16
 def _inputs(length: int) -> dict[str, Array]:
     """q, k (N, 3), v and the cotangent w (N, 2), α (N, 3), β (N, 2), state and W (3, 2), bonus (3,)."""
     rng = np.random.default_rng(_SEED)
-    q, k, v, w = (rationals(rng, length, width) for width in (3, 3, 2, 2))
+    q, k, v, w = (generic(rng, length, width) for width in (3, 3, 2, 2))
     alpha, values = gates(rng, length, 3), gates(rng, length, 2)
-    state, W, bonus = rationals(rng, 3, 2), rationals(rng, 3, 2), rationals(rng, 3)
+    state, W, bonus = generic(rng, 3, 2), generic(rng, 3, 2), generic(rng, 3)
     return {
         "q": q,
         "k": k,

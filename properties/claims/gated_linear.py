@@ -5,6 +5,7 @@ Yang et al., arXiv 2312.06635. Equality is over the rationals, for complex gates
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,15 +15,15 @@ import numpy as np
 from attnproof.properties.claims.base import Claim, ClaimFinding
 from attnproof.properties.claims.equal_forms import LENGTH, Row, Run, compared, equality, row
 from attnproof.properties.forms import gated
-from attnproof.properties.forms.base import Array, each
-from attnproof.properties.forms.numbers import Gaussian, rationals
+from attnproof.properties.forms.base import Array, each, filled
+from attnproof.properties.forms.numbers import Gaussian, generic
 
 __all__ = ["CLAIMS", "chunkwise_form", "complex_gates", "gated_run", "gates", "parallel_form"]
 
 
 def gates(rng: np.random.Generator, *shape: int) -> Array:
-    """Factors k/9, 0 < k < 9."""
-    return rationals(rng, *shape, low=1, high=8, denominator=9)
+    """Generic factors between 1/9 and 8/9."""
+    return generic(rng, *shape, low=1, high=8, denominator=9)
 
 
 def gated_run(
@@ -58,7 +59,7 @@ def gated_run(
 def _inputs(length: int) -> tuple[Array, Array, Array, dict[str, tuple[Array, Array | None, int | None]]]:
     """q, k (N, 4), v (N, 3), and by variant α, β and the length of secondary chunks."""
     rng = np.random.default_rng(11)
-    q, k, v = (rationals(rng, length, width) for width in (4, 4, 3))
+    q, k, v = (generic(rng, length, width) for width in (4, 4, 3))
     vector, values = gates(rng, length, 4), gates(rng, length, 3)
     alternating = vector.copy()
     alternating[::2], alternating[1::2] = flint.fmpq(0), flint.fmpq(1)
@@ -121,24 +122,22 @@ def chunkwise_form(length: int = LENGTH, *, late: bool = False) -> ClaimFinding:
 
 
 def complex_gates(length: int = LENGTH, *, real_decays: bool = False) -> ClaimFinding:
-    """GateLoop: gates r·(3 + 4i)/5 and its powers, over Gaussian rationals.
+    """GateLoop: complex gates a + bi, a and b of their own, over Gaussian rationals.
 
     Args:
         real_decays: the forms other than the recurrence get the gates' real parts only.
     """
     rng = np.random.default_rng(13)
-    q, k, v = (rationals(rng, length, width) for width in (3, 3, 2))
-    modulus, turn = gates(rng, length, 3), Gaussian(flint.fmpq(3, 5), flint.fmpq(4, 5))
-    alpha = np.empty_like(modulus)
-    for index in np.ndindex(alpha.shape):
-        alpha[index] = modulus[index] * turn if sum(index) % 2 else modulus[index] * turn * turn
+    q, k, v = (generic(rng, length, width) for width in (3, 3, 2))
+    parts = zip(gates(rng, length, 3).flat, gates(rng, length, 3).flat, strict=True)
+    alpha = filled((length, 3), itertools.starmap(Gaussian, parts))
     others = each(lambda x: replace(x, im=flint.fmpq(0)), alpha) if real_decays else alpha
     real = Gaussian(flint.fmpq(1))
     run = gated_run(q * real, k * real, v * real, alpha, others=others)
-    rows = compared("α = r·e^(iθ)", run, length)
+    rows = compared("α = a + bi", run, length)
     reference = run("recurrent", slice(None), None)[0]
     rows.append(
-        row("α = r·e^(iθ)", "factored", reference, [gated.factored(q * real, k * real, v * real, others)])
+        row("α = a + bi", "factored", reference, [gated.factored(q * real, k * real, v * real, others)])
     )
     return equality(
         rows, seed=13, example="N = 2, q = k = v = 1, α_2 = i/2: o_2 = 1 + i/2; with the real part alone 1."

@@ -30,13 +30,17 @@ _NARROW = 1e-50
 
 @dataclass(frozen=True)
 class _Value:
-    """A system's generating function at a root of unity: the sum, and what the formula gives, if anything."""
+    """A system's generating function at a root of unity: the sum, and what the formula gives, if anything.
+
+    Its parts A, B, C and Δ are in words.
+    """
 
     system: str
     length: int
     z: Any
     due: Any
     found: Any
+    parts: str = ""
 
     @property
     def apart(self) -> float:
@@ -65,13 +69,15 @@ def _values(length: int, *, truncated: bool = True) -> Iterator[_Value]:
         discrete = state_space.bilinear(A, B, delta)
         taps = state_space.kernel(*discrete, C, length)
         row = state_space.corrected_row(discrete[0], C, length) if truncated else C
+        rows = "; ".join(", ".join(map(str, line)) for line in A)
+        parts = f"A = ({rows}), B = ({', '.join(map(str, B))}), C = ({', '.join(map(str, C))}), Δ = {delta}"
         for z in _roots(length):
             lift = flint.acb if isinstance(z, flint.acb) else _gaussian
             try:
                 found = state_space.resolvent_form(each(lift, A), each(lift, B), each(lift, row), delta, z)
             except ZeroDivisionError:
                 found = None
-            yield _Value(name, length, z, state_space.generating(each(lift, taps), z), found)
+            yield _Value(name, length, z, state_space.generating(each(lift, taps), z), found, parts)
 
 
 def _gaussian(x: flint.fmpq) -> Gaussian:
@@ -105,7 +111,8 @@ def generating_function(lengths: tuple[int, ...] = (1, 2, 4), *, truncated: bool
         if wrong:
             first = wrong[0]
             example = (
-                f"{first.system}, L = {first.length}, z = {_told(first.z)}: the sum is {_told(first.due)}, "
+                f"{first.system}, {first.parts}, L = {first.length}, z = {_told(first.z)}: the sum is "
+                f"{_told(first.due)}, "
                 f"the formula gives {_told(first.found)}"
             )
         table = _table(values)
@@ -138,7 +145,8 @@ def literal_formula(lengths: tuple[int, ...] = (2, 4)) -> ClaimFinding:
     if undefined or wrong:
         first = (wrong or undefined)[0]
         example = (
-            f"{first.system}, L = {first.length}, z = {_told(first.z)}: 2/(1 + z) and g = (2/Δ)(1 − z)/"
+            f"{first.system}, {first.parts}, L = {first.length}, z = {_told(first.z)}: 2/(1 + z) and g "
+            f"= (2/Δ)(1 − z)/"
             f"(1 + z) divide by 0, where the sum is {_told(first.due)}. The limit is (Δ/2)·C̃B, "
             "which equals the sum in every system here."
         )

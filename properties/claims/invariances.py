@@ -15,7 +15,7 @@ from attnproof.properties.claims.base import Claim, ClaimFinding
 from attnproof.properties.forms.base import Array, each
 from attnproof.properties.forms.numbers import rationals
 
-__all__ = ["CLAIMS", "PROPERTIES", "attention", "held", "sigmoid"]
+__all__ = ["CLAIMS", "PROOFS", "PROPERTIES", "attention", "held", "sigmoid"]
 
 _SEED = 28
 _Q = flint.fmpq
@@ -128,8 +128,27 @@ PROPERTIES: Final[dict[str, Callable[[Attention, Array, Array], bool]]] = {
 }
 
 
+PROOFS: Final[dict[str, str]] = {
+    "a": "w/Σw is positive and sums to 1, and a mean with such weights lies between the least and the "
+    "largest",
+    "b": "the shift multiplies a row's weights by e^c, which cancels from w/Σw",
+    "c": "Σ_j w_ij v_j and Σ_j w_ij are sums over j, in any order, and row i has only its own weights",
+    "d": "the output is w/Σw times V, and w/Σw does not depend on V",
+    "e": "equal weights over their sum are 1/m each",
+    "f": "Σ_j w_ij v_j and Σ_j w_ij both double",
+    "g": "Σ_j w_ij (v_j + c) = Σ_j w_ij v_j + cΣ_j w_ij",
+    "h": "the sum of a row of dS is the derivative along a common shift of the row's logits, which changes "
+    "nothing (EXA-5b)",
+}
+"""Why softmax attention has each of :data:`PROPERTIES`, for every size."""
+
+
 def held(letter: str, f: Attention, draws: int) -> ClaimFinding:
-    """Does attention f have the property, exactly, for random rational weights and values?"""
+    """Does attention f have the property, exactly, for random rational weights and values?
+
+    The draws are few and small, to be redone by hand; what they cannot say about all others is proved in
+    :data:`PROOFS`, for softmax attention.
+    """
     rng, holds = np.random.default_rng(_SEED), PROPERTIES[letter]
     wrong = ""
     for i in range(draws):
@@ -144,7 +163,9 @@ def held(letter: str, f: Attention, draws: int) -> ClaimFinding:
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"{draws} random rational weights and values (seed {_SEED}), 2 to 4 queries, 2 to 5 keys, "
-        "compared exactly" + (f"; not so: {wrong}" if wrong else ": no difference"),
+        "compared exactly"
+        + (f"; not so: {wrong}" if wrong else ": no difference")
+        + (f". For all: {PROOFS[letter]}" if f is attention and not wrong else ""),
         counterexample=wrong,
         seed=_SEED,
     )

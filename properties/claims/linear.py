@@ -18,7 +18,7 @@ from attnproof.properties.claims.base import Claim, ClaimFinding
 from attnproof.properties.claims.equal_forms import LENGTH, Row, compared, equality, row
 from attnproof.properties.forms import linear
 from attnproof.properties.forms.base import Array
-from attnproof.properties.forms.numbers import rationals
+from attnproof.properties.forms.numbers import generic, rationals
 
 __all__ = [
     "CLAIMS",
@@ -39,7 +39,7 @@ EPSILON = flint.fmpq(1, 10**6)
 def _inputs(length: int, seed: int) -> tuple[Array, Array, Array]:
     """q, k (N, 4), v (N, 3); one channel is positive, or ReLU may leave a row without any weight."""
     rng = np.random.default_rng(seed)
-    q, k, v = (rationals(rng, length, width) for width in (4, 4, 3))
+    q, k, v = (generic(rng, length, width) for width in (4, 4, 3))
     q[:, 0], k[:, 0] = abs(q[:, 0]) + 1, abs(k[:, 0]) + 1
     return q, k, v
 

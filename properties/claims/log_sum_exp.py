@@ -34,6 +34,24 @@ _Q = flint.fmpq
 _HALF: Final = _Q(1, 2)
 
 
+_RANGE_PROOF: Final = (
+    "For all: Σw has n positive terms, one of them w_max and none above it; a second term makes it "
+    "larger than "
+    "w_max, a smaller one smaller than n·w_max"
+)
+_CONDITION_PROOF: Final = (
+    "For all: to first order y moves by Σ g_i Δx_i with g = softmax(x) ≥ 0 of sum 1, at most max|Δx|, and by "
+    "that if all move alike: cond = max|x|/|y|. Where Σ e^x = 1, y = 0. Where x_max = max|x|, y ≥ x_max ≥ 0 "
+    "(LSE-1)"
+)
+_SOFTMAX_PROOF: Final = (
+    "For all: cond = ‖J‖_∞ max|x|/max g with ‖J‖_∞ = max_i 2g_i(1 − g_i) (LSE-2b). With M = max g this is "
+    "2M(1 − M): if M ≤ 1/2 because t(1 − t) rises up to 1/2, else because every other g_i is at most 1 "
+    "− M. And "
+    "M ≥ 1/n, with equality for equal logits"
+)
+
+
 def weights(longest: int, largest: int, shortest: int = 1) -> Iterator[tuple[Any, ...]]:
     """Every non-increasing row of ``shortest`` to ``longest`` integer weights 1 … ``largest``, as fmpq."""
     for n in range(shortest, longest + 1):
@@ -57,7 +75,7 @@ def range_lemma(longest: int, largest: int, most: Callable[[int], int] = lambda 
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"e^y = Σw exactly, for all {rows} rows of up to {longest} integer weights up to {largest}: "
-        + (told or "never outside, and equal only where claimed"),
+        + (told or f"never outside, and equal only where claimed. {_RANGE_PROOF}"),
         counterexample=told,
     )
 
@@ -90,7 +108,8 @@ def conditioning(longest: int, largest: int, factor: Any = 1) -> ClaimFinding:
         "with e^δ = 3/2, y moves by at most δ, and by δ where all logits "
         f"do{': not so at ' * bool(wrong)}{wrong}; "
         f"at x_i = −log n the sum is exactly 1, so y = 0, for n = 2 … 9; where max x = max|x| the largest "
-        f"enclosure of max|x|/|y| over {draws} rows (seed {_SEED}) is {float(largest_norm.mid()):.6g}",
+        f"enclosure of max|x|/|y| over {draws} rows (seed {_SEED}) is {float(largest_norm.mid()):.6g}"
+        + (f". {_CONDITION_PROOF}" if good else ""),
         counterexample=wrong,
         seed=_SEED,
     )
@@ -165,7 +184,7 @@ def softmax_conditioning(longest: int, largest: int, constant: Any = 2) -> Claim
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"exactly so for all {rows} rows of up to {longest} integer weights up to {largest}; "
         "largest at "
-        f"equal logits, {highest} at n = {longest}, where the printed bound is {longest}"
+        f"equal logits, {highest} at n = {longest}, where the printed bound is {longest}. {_SOFTMAX_PROOF}"
         if not wrong
         else f"not so at {wrong}",
         table=table,
@@ -196,7 +215,9 @@ def half_lipschitz(longest: int, largest: int, draws: int, constant: Any = _HALF
         "reached "
         f"among {rows} rows of integer weights; other p lie between by interpolation. Climbing over {draws} "
         f"rows (seed {_SEED}): largest ‖Jv‖_p/‖v‖_p "
-        + ", ".join(f"{ratio:.6f} at p = {p:g}" for p, ratio in highest.items()),
+        + ", ".join(f"{ratio:.6f} at p = {p:g}" for p, ratio in highest.items())
+        + ". No smaller constant serves 1 < p < ∞ either: two equal logits have Jv = v/2 for v = (1, "
+        "−1) (LSE-8b)",
         table={"p": list(highest), "largest ‖Jv‖/‖v‖ found": list(highest.values())},
         counterexample=wrong,
         seed=_SEED,

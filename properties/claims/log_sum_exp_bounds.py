@@ -89,8 +89,10 @@ def bounded(algorithm: str, bound: Bound, effort: tuple[Sequence[int], int, int]
     return ClaimFinding(
         status=status,
         evidence=told
-        + f". Search over {sum(a.rows for a in found)} rows with n in {list(effort[0])}, every operation "
-        "rounded, logits that neither over- nor underflow and whose first-order error is at most 1/8: "
+        + ". The count is exact, and decides what holds; what is refuted is refuted by the search: "
+        f"{sum(a.rows for a in found)} rows with n in {list(effort[0])}, every operation rounded, errors "
+        "against float64, logits that neither over- nor underflow and whose first-order error is at "
+        "most 1/8: "
         "largest error by bound " + ", ".join(f"{value:.3f} in {name}" for name, value in largest.items()),
         table={
             "format": [a.form.name for a in found],

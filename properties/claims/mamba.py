@@ -14,9 +14,10 @@ import numpy as np
 
 from attnproof.properties.arithmetic.balls import _precision
 from attnproof.properties.claims.base import Claim, ClaimFinding, Plot
+from attnproof.properties.claims.equal_forms import SCHWARTZ_ZIPPEL
 from attnproof.properties.forms import mamba, state_space
 from attnproof.properties.forms.base import difference, filled
-from attnproof.properties.forms.numbers import rationals
+from attnproof.properties.forms.numbers import generic, rationals
 
 __all__ = ["CLAIMS", "MAMBA", "equal_forms", "gate_theorem", "input_gain", "time_invariance"]
 
@@ -36,8 +37,8 @@ def equal_forms(length: int = 9, *, late: bool = False) -> ClaimFinding:
         late: True applies each decay one position too late, which breaks the equality.
     """
     rng = np.random.default_rng(SEED)
-    a, gains, C = (rationals(rng, length, 3) for _ in range(3))
-    x = rationals(rng, length)
+    a, gains, C = (generic(rng, length, 3) for _ in range(3))
+    x = generic(rng, length)
     b = gains * x[:, None]
     due, state = mamba.recurrent(a, b, C)
     moved = np.roll(a, 1, axis=0) if late else a
@@ -67,10 +68,11 @@ def equal_forms(length: int = 9, *, late: bool = False) -> ClaimFinding:
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"{length} rational outputs, state 3, in {len(rows)} forms: {len(rows) - len(wrong)} "
-        "equal the recurrence",
+        f"equal the recurrence ({SCHWARTZ_ZIPPEL})",
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
-        counterexample=f"{wrong[0][0]}, T = {length}, seed {SEED}: the first two outputs are {due[0]} and "
-        f"{due[1]}, not {found[wrong[0][0]][0]} and {found[wrong[0][0]][1]}"
+        counterexample=f"{wrong[0][0]}, T = {length}, seed {SEED}: the first two outputs are "
+        f"{float(due[0]):.6g} and {float(due[1]):.6g}, not {float(found[wrong[0][0]][0]):.6g} and "
+        f"{float(found[wrong[0][0]][1]):.6g}"
         if wrong
         else "",
         seed=SEED,

@@ -15,11 +15,15 @@ from attnproof.properties.claims.equal_forms import LENGTH, compared, equality, 
 from attnproof.properties.claims.gated_linear import gates
 from attnproof.properties.forms import mlstm
 from attnproof.properties.forms.base import Array, difference
-from attnproof.properties.forms.numbers import rationals
+from attnproof.properties.forms.numbers import generic
 
 __all__ = ["CLAIMS", "any_stabiliser", "floor_of_one", "inputs", "stabilised_forms"]
 
 _SEED = 14
+_PIECES: Final = (
+    "; maxima make these functions piecewise: M_t cancels from M·C' and M·n' whatever it is, and max(|n'·q|, "
+    "1/M) is max(|n·q|, 1)/M because M > 0, so that no piece differs from the ones drawn"
+)
 _EXAMPLE = (
     "N = 1, q = k = v = 1, i = 1/4: the definition gives C = n = 1/4 and (1/4)/max(1/4, 1) = 1/4. "
     "Stabilised, M = e^m = 1/4, C' = n' = 1: 1/max(1, e^(−m)) = 1/max(1, 4) = 1/4, but 1/max(1, 1) = 1."
@@ -29,8 +33,8 @@ _EXAMPLE = (
 def inputs(length: int) -> tuple[Any, ...]:
     """q, k (N, 3), v (N, 2), i, f (N,): gates for which the floor decides some rows and others not."""
     rng = np.random.default_rng(_SEED)
-    q, k, v = (rationals(rng, length, width) for width in (3, 3, 2))
-    i = rationals(rng, length, low=1, high=400, denominator=80) * rationals(rng, length, low=1, high=80)
+    q, k, v = (generic(rng, length, width) for width in (3, 3, 2))
+    i = generic(rng, length, low=1, high=400, denominator=80) * generic(rng, length, low=1, high=80)
     return q / 4, k / 4, v, i, gates(rng, length, 1)[:, 0]
 
 
@@ -54,7 +58,7 @@ def stabilised_forms(length: int = LENGTH, *, keep_one: bool = False) -> ClaimFi
     o, (C, n, M) = run("recurrent", slice(None), None)
     rows.append(row("no stabiliser", "recurrent", (o, C * M, n * M), [mlstm.recurrent(*parts)]))
     rows.append(row("no stabiliser", "parallel", o, [mlstm.parallel(*parts)]))
-    return equality(rows, seed=_SEED, example=_EXAMPLE)
+    return equality(rows, seed=_SEED, example=_EXAMPLE, remark=_PIECES)
 
 
 def floor_of_one(length: int = LENGTH, *, keep_one: bool = True) -> ClaimFinding:
@@ -95,14 +99,14 @@ def any_stabiliser(length: int = LENGTH, *, keep_one: bool = False) -> ClaimFind
     right, _ = mlstm.recurrent(q, k, v, i, f)
     rng, rows = np.random.default_rng(19), []
     for trial in range(3):
-        M = rationals(rng, length, low=1, high=40, denominator=8)
+        M = generic(rng, length, low=1, high=40, denominator=8)
         C, n, before, o = np.zeros((3, 2), dtype=object), np.zeros(3, dtype=object), M[0], np.empty_like(v)
         for t in range(length):
             forget, write, before = f[t] * before / M[t], i[t] / M[t], M[t]
             C, n = forget * C + write * np.outer(k[t], v[t]), forget * n + write * k[t]
             o[t] = (q[t] @ C) / max(abs(q[t] @ n), 1 if keep_one else 1 / M[t])
         rows.append(row("random M_t", f"draw {trial}", right, [o]))
-    return equality(rows, seed=19, example=_EXAMPLE)
+    return equality(rows, seed=19, example=_EXAMPLE, remark=_PIECES)
 
 
 _SOURCE = "Beck et al. 2024, arXiv 2405.04517, section 2.3 and appendix A.2 (recalled)"

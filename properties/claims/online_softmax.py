@@ -46,6 +46,13 @@ def recurrence(w: Iterable[Any], *, rescale: bool = True) -> Iterator[Pair]:
         yield largest, d
 
 
+_THEOREM_PROOF: Final = (
+    "For all, by induction: d_j e^{m_j} = d_{j−1}e^{m_{j−1}} + e^{x_j} = Σ_{i≤j} e^{x_i}, a sum of j "
+    "terms of "
+    "which e^{m_j} is the largest, so 1 ≤ d_j ≤ j"
+)
+
+
 def theorem(longest: int, largest: int, length: int, *, rescale: bool = True) -> ClaimFinding:
     """m_j = max, d_j = Σ e^{x_i − m_j} and 1 ≤ d_j ≤ j, at every j, for all short rows and some long ones."""
     rng, rows, wrong = np.random.default_rng(_SEED), 0, ""
@@ -67,7 +74,7 @@ def theorem(longest: int, largest: int, length: int, *, rescale: bool = True) ->
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"exactly at every j, for all rows of up to {longest} weights 1 … {largest} and 8 rows of "
         f"{length} powers "
-        f"of two (seed {_SEED}), {rows} rows" + (f"; not so: {wrong}" if wrong else ""),
+        f"of two (seed {_SEED}), {rows} rows" + (f"; not so: {wrong}" if wrong else f". {_THEOREM_PROOF}"),
         counterexample=wrong,
         seed=_SEED,
     )

@@ -42,6 +42,13 @@ def merged(a: Part, b: Part) -> Part:
     return (total, (a[0] * a[1] + b[0] * b[1]) / total) if total != 0 else a
 
 
+_MERGE_PROOF: Final = (
+    "For all: both kinds of merge add the pairs (Σw, Σwv) = (e^L, e^L O) = (ℓe^m, o e^m), whatever m "
+    "is; these "
+    "are sums over keys, which may be taken in any order, and a masked block adds (0, 0)"
+)
+
+
 def merges(keys: int, merge: Callable[[Part, Part], Part] = merged) -> ClaimFinding:
     """Every partition of the keys, every order of its blocks: triples and normalised merges, exactly."""
     rng = np.random.default_rng(_SEED)
@@ -68,7 +75,7 @@ def merges(keys: int, merge: Callable[[Part, Part], Part] = merged) -> ClaimFind
         evidence=f"{count} ordered partitions of {keys} keys with rational weights and values (seed "
         f"{_SEED}), by triples "
         "(m, ℓ, o) and by normalised pairs (O, L), with a fully masked block before or after"
-        + (f"; not so: {wrong}" if wrong else ": all equal the direct sum"),
+        + (f"; not so: {wrong}" if wrong else f": all equal the direct sum. {_MERGE_PROOF}"),
         counterexample=wrong,
         seed=_SEED,
     )

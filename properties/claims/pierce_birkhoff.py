@@ -294,7 +294,9 @@ def conjecture(points: int = 520, *, by_sign: bool = True) -> ClaimFinding:
             if missing
             else "steps 1, 3 and 4 hold exactly (SPL-9a, SPL-9b, SPL-9c); the argument that joins them is "
             "written "
-            "out here and was not checked by machine: " + _ARGUMENT + " The manuscript is a preprint."
+            "out here and was checked by two readers by hand, not by machine: "
+            + _ARGUMENT
+            + " The manuscript is a preprint."
         ),
         table={
             "step": [name for name, _ in steps],

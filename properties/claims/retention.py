@@ -16,52 +16,53 @@ from attnproof.properties.claims.base import Claim, ClaimFinding
 from attnproof.properties.claims.equal_forms import LENGTH, compared, equality, row
 from attnproof.properties.forms import gated
 from attnproof.properties.forms.base import Array, each
-from attnproof.properties.forms.numbers import Gaussian, rationals
+from attnproof.properties.forms.numbers import Gaussian, generic, rationals
 
 __all__ = ["CLAIMS", "decays_below_one", "equal_forms", "invariance", "normed", "rotation"]
 
-GAMMA = flint.fmpq(31, 32)
 _SOURCE = "Sun et al. 2023, arXiv 2307.08621, section 2"
 
 
 def equal_forms(length: int = LENGTH, *, late: int = 0) -> ClaimFinding:
-    """Recurrence, parallel form and chunks at γ = 31/32, head 0's.
+    """Recurrence, parallel form and chunks at a random γ in [1/9, 8/9).
 
     Args:
         late: give the parallel form γ^(i − j + late) in place of γ^(i−j).
     """
     rng = np.random.default_rng(12)
-    q, k, v = (rationals(rng, length, width) for width in (4, 4, 3))
-    constant = np.full((length, 1), GAMMA, dtype=object)
+    q, k, v = (generic(rng, length, width) for width in (4, 4, 3))
+    gamma = generic(rng, 1, low=1, high=8, denominator=9)[0]
+    constant = np.full((length, 1), gamma, dtype=object)
 
     def run(form: str | int, piece: slice, state: Any) -> tuple[Array, Any]:
         x, y, z = q[piece], k[piece], v[piece]
         if isinstance(form, int):
-            return gated.retention_chunkwise(x, y, z, GAMMA, state, chunk=form)
+            return gated.retention_chunkwise(x, y, z, gamma, state, chunk=form)
         return gated.recurrent(x, y, z, gated.gates(constant[piece]), state)
 
-    rows = compared("γ = 31/32", run, length, parallel=False)
+    rows = compared("random γ", run, length, parallel=False)
     reference = gated.recurrent(q, k, v, gated.gates(constant))[0]
-    weighted = gated.retention_parallel(q, k, v, GAMMA) * GAMMA**late
-    rows.append(row("γ = 31/32", "parallel", reference, [weighted]))
-    return equality(
-        rows, seed=12, example="N = 1: o_1 = (q_1·k_1)v_1 has no decay; γ^1 would scale it by 31/32."
-    )
+    weighted = gated.retention_parallel(q, k, v, gamma) * gamma**late
+    rows.append(row("random γ", "parallel", reference, [weighted]))
+    return equality(rows, seed=12, example="N = 1: o_1 = (q_1·k_1)v_1 has no decay; γ^1 would scale it by γ.")
 
 
 def rotation(length: int = 9, *, conjugate: bool = True) -> ClaimFinding:
-    """The recurrence with γe^(iθ) against rotated queries and keys with γ alone; e^(iθ) = (3 + 4i)/5.
+    """The recurrence with γe^(iθ) against rotated queries and keys with γ alone.
+
+    e^(iθ) = (1 − s² + 2si)/(1 + s²) for a random s = tan(θ/2), γ random too.
 
     Args:
         conjugate: rotate keys the other way than queries, as they must be.
     """
     rng = np.random.default_rng(17)
-    turn = Gaussian(flint.fmpq(3, 5), flint.fmpq(4, 5))
+    s, gamma = generic(rng, 1)[0], generic(rng, 1, low=1, high=8, denominator=9)[0]
+    turn = Gaussian((1 - s * s) / (1 + s * s), 2 * s / (1 + s * s))
     back = Gaussian(turn.re, -turn.im) if conjugate else turn
-    q, k, v = (each(Gaussian, rationals(rng, length, width)) for width in (3, 3, 2))
+    q, k, v = (each(Gaussian, generic(rng, length, width)) for width in (3, 3, 2))
     one = Gaussian(flint.fmpq(1))
-    turned = np.full((length, 1), turn * GAMMA, dtype=object)
-    plain = np.full((length, 1), one * GAMMA, dtype=object)
+    turned = np.full((length, 1), turn * gamma, dtype=object)
+    plain = np.full((length, 1), one * gamma, dtype=object)
 
     def rotated(x: Array, by: Gaussian) -> Array:
         powers = np.multiply.accumulate(np.full((length, 1), by, dtype=object), axis=0)
@@ -70,10 +71,10 @@ def rotation(length: int = 9, *, conjugate: bool = True) -> ClaimFinding:
     reference = gated.recurrent(q, k, v, gated.gates(turned))[0]
     found = gated.recurrent(rotated(q, turn), rotated(k, back), v, gated.gates(plain))[0]
     return equality(
-        [row("e^(iθ) = (3 + 4i)/5", "rotated queries and keys", reference, [found])],
+        [row("random θ", "rotated queries and keys", reference, [found])],
         seed=17,
         example="q_1 = k_1 = v_1 = 1: o_1 = 1 without a rotation between position 1 and itself; rotating "
-        "both by the same angle gives ((3 + 4i)/5)² = (−7 + 24i)/25.",
+        "both by e^(iθ) = (3 + 4i)/5 gives ((3 + 4i)/5)² = (−7 + 24i)/25.",
     )
 
 

@@ -16,7 +16,7 @@ from attnproof.properties.claims.equal_forms import LENGTH, Row, compared, equal
 from attnproof.properties.claims.gated_linear import gated_run, gates
 from attnproof.properties.forms import delta, gated
 from attnproof.properties.forms.base import Array, start
-from attnproof.properties.forms.numbers import rationals
+from attnproof.properties.forms.numbers import generic
 
 __all__ = [
     "CLAIMS",
@@ -71,14 +71,13 @@ def rwkv4_weights(k: Array, w: Any, u: Any, *, late: int = 0) -> Array:
 def as_softmax(length: int = LENGTH, *, late: int = 0) -> ClaimFinding:
     """The stabilised recurrence against explicit softmax weights, for several decays and bonuses."""
     rng, rows = np.random.default_rng(31), list[Row]()
-    for w, u in (
-        (flint.fmpq(1, 2), flint.fmpq(3)),
-        (flint.fmpq(9, 10), flint.fmpq(1, 5)),
-        (flint.fmpq(1), flint.fmpq(1)),
+    for name, w, u in (
+        ("e^w below 1", gates(rng, 1)[0], generic(rng, 1, low=1, high=80)[0]),
+        ("e^w above 1", 1 / gates(rng, 1)[0], gates(rng, 1)[0]),
+        ("e^w = e^u = 1", flint.fmpq(1), flint.fmpq(1)),
     ):
-        k, v = rationals(rng, length, low=1, high=80), rationals(rng, length)
+        k, v = generic(rng, length, low=1, high=80), generic(rng, length)
         found = rwkv4_recurrent(k, v, w, u)
-        name = f"e^w = {w}, e^u = {u}"
         rows.append(row(name, "softmax weights", rwkv4_weights(k, w, u, late=late) @ v, [found]))
         sums = rwkv4_weights(k, w, u, late=late).sum(axis=1)
         rows.append(row(name, "sums of rows against 1", 0 * sums + 1, [sums]))
@@ -87,6 +86,7 @@ def as_softmax(length: int = LENGTH, *, late: int = 0) -> ClaimFinding:
         seed=31,
         example="N = 2, e^k = 1, u = 0, e^w = 1/2: o_2 = (v_1 + v_2)/2, since the weight of position t − 1 "
         "is not decayed; with one decay more it would be (v_1/2 + v_2)/(3/2).",
+        remark="; E and T, which are maxima, cancel from every quotient whichever of the two they are",
     )
 
 
@@ -145,8 +145,8 @@ def finite_in_float32(length: int = 64, *, stabilised: bool = True) -> ClaimFind
 def _inputs(length: int) -> tuple[Array, Array, Array, Array, Array]:
     """q, k (N, 4), v (N, 3), gates (N, 4), bonus (4,)."""
     rng = np.random.default_rng(33)
-    q, k, v = (rationals(rng, length, width) for width in (4, 4, 3))
-    return q, k, v, gates(rng, length, 4), rationals(rng, 4)
+    q, k, v = (generic(rng, length, width) for width in (4, 4, 3))
+    return q, k, v, gates(rng, length, 4), generic(rng, 4)
 
 
 def _bonus(q: Array, k: Array, v: Array, u: Any) -> Array:
@@ -244,8 +244,8 @@ def rwkv7_recurrent(q: Array, k: Array, v: Array, decay: Array, kappa: Array, et
 
 def _delta_inputs(length: int) -> tuple[Array, Array, Array, Array, Array]:
     rng = np.random.default_rng(34)
-    q, k, v = (rationals(rng, length, width) / 3 for width in (3, 3, 2))
-    return q, k, v, rationals(rng, length, low=1, high=9, denominator=9), gates(rng, length, 3)
+    q, k, v = (generic(rng, length, width) / 3 for width in (3, 3, 2))
+    return q, k, v, generic(rng, length, low=1, high=9, denominator=9), gates(rng, length, 3)
 
 
 def rwkv7_transition(length: int = 9, *, order: str = delta.ORDERS[1]) -> ClaimFinding:

@@ -218,7 +218,9 @@ def eigenvalue_law(sizes: Sequence[int] = (16, 32, 64), *, law: str = "inverse")
         claimed = size / np.pi * (size / (2 * n + 1) - 1) if law == "inverse" else np.pi * (size // 2 - 1 - n)
         apart = abs(claimed / found - 1)
         middle = apart[size // 16 : size // 4 or None]
-        rows.append((size, float(found[0]), float(claimed[0]), float(apart[0]), float(middle.max())))
+        place = size // 16 + int(middle.argmax())
+        example = f"n = {place}: {found[place]:.6g}, by the law {claimed[place]:.6g}"
+        rows.append((size, float(found[0]), float(claimed[0]), float(apart[0]), float(middle.max()), example))
     first, middles = [row[3] for row in rows[1:]], [row[4] for row in rows[1:]]
     reached = all(later < 0.6 * earlier for earlier, later in zip(first, first[1:], strict=False))
     kept = middles[-1] < 0.6 * middles[0]
@@ -239,9 +241,13 @@ def eigenvalue_law(sizes: Sequence[int] = (16, 32, 64), *, law: str = "inverse")
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
         counterexample=""
         if status == "SUPPORTED"
-        else f"N = 2: A^N has the eigenvalues −1/2 ± i√3/2, of imaginary part {rows[0][1]:.6f}; the law "
-        f"gives {rows[0][2]:.6f}. At N = {rows[-1][0]} it is off by {rows[-1][3]:.2g} for the largest and "
-        f"by {rows[-1][4]:.2g} among N/16 ≤ n < N/4.",
+        else "a share of all n, N/16 ≤ n < N/4, stays off the law as N grows (imaginary parts, largest "
+        "first, "
+        "where off the most): "
+        + "; ".join(f"N = {row[0]}, {row[5]}, {row[4]:.2g} off" for row in rows[1:])
+        + ". Condition: n fixed while N grows; the largest is off by "
+        + ", ".join(f"{row[3]:.2g} (N = {row[0]})" for row in rows[1:])
+        + ".",
     )
 
 

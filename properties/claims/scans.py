@@ -23,6 +23,12 @@ _BITS = 256
 _ROUNDOFF = 2.0**-24
 # Roundings a level of the scan may add to a sum: its product, its sum, and one of the decay's own.
 _A_LEVEL = 3
+_INPUTS: Final = {
+    "impulse": "1 at the first and 0 at all others (so h_T = a^(T−1))",
+    "random input": f"random in [1/2, 1), seed {SEED}",
+}
+# Errors of a chart on logarithmic axes, which has no 0: none is drawn lower.
+_DRAWN = 0.01
 
 _SCANS: Final = {"in sequence": mamba.sequential, "doubling": mamba.doubling, "tree": mamba.tree}
 
@@ -172,10 +178,12 @@ def rounding(
     example = ""
     if beyond:
         first = min(beyond, key=lambda one: (one.length, "impulse" not in one.decays))
+        decay, _, kind = first.decays.partition(", ")
         example = (
-            f"T = {first.length}, decay and input {first.decays}: the scan by {first.scan} gives "
-            f"{first.last!r} in float32, the exact last state is {first.exact!r}; the largest relative "
-            f"error is {first.error:.3g}·2^−24, more than {limits[first.length]}. (1 − 2^−13)² = 1 − 2^−12 "
+            f"T = {first.length}, decay a = {decay} at all positions, input {_INPUTS.get(kind, kind)}: the "
+            f"scan by {first.scan} gives {first.last!r} in float32, the exact last state is "
+            f"{first.exact!r}; the largest relative error is {first.error:.3g}·2^−24, more than "
+            f"{limits[first.length]}. (1 − 2^−13)² = 1 − 2^−12 "
             "+ 2^−26 rounds to 1 − 2^−12, and every squaring after it doubles the relative error: a "
             "product of T decays holds T − 1 roundings in any order; only the sums have log₂ T levels."
         )
@@ -188,7 +196,7 @@ def rounding(
     }
     picture: dict[str, list[Any]] = {
         "T": [one.length for one in found],
-        "error": [max(one.error, 0.01) for one in found],
+        "error": [max(one.error, _DRAWN) for one in found],
         "series": [f"{one.decays}, {one.scan}" for one in found],
     }
     return ClaimFinding(
@@ -198,7 +206,15 @@ def rounding(
         "within 3·log₂ T roundings" + (f"; in units of 2^−24: {'; '.join(growth)}" if beyond else ""),
         table=table,
         plots=(
-            Plot("error of scans over T, 2^−24", "line", picture, "T", "error", "series", ("T", "error")),
+            Plot(
+                f"error of scans over T, 2^−24 (below {_DRAWN}: drawn there)",
+                "line",
+                picture,
+                "T",
+                "error",
+                "series",
+                ("T", "error"),
+            ),
         ),
         counterexample=example,
         seed=SEED,

@@ -186,7 +186,16 @@ def lower_bound(
         "sign of polynomials in δ = ⌈t⌉/t − 1 and R²/4, t = e^(R²/4), "
         f"{'decides' if proved else 'does not decide'}",
         table=dict(columns),
-        plots=(Plot("norm of softmax's Jacobian", "line", dict(columns), "R", titles[2], log=(titles[2],)),),
+        plots=(
+            Plot(
+                "norm of softmax's Jacobian at ⌈e^(R²/4)⌉ + 1 tokens, more for larger R",
+                "line",
+                dict(columns),
+                "R",
+                titles[2],
+                log=(titles[2],),
+            ),
+        ),
         counterexample="; ".join(
             f"R = {r}, {copies} tokens R/2 and one R: norm {norm.str(10)} below {bound.str(10)}"
             for r, copies, norm, bound in below[:1]
@@ -237,7 +246,16 @@ def exponential_growth(
         + f"; (n/2)(1 + log n) in {sum(kept)} of {len(kept)}. At a fixed n the norm is at most n(1 + "
         "mean‖x‖²/2)",
         table=dict(columns),
-        plots=(Plot("norm of sigmoid's Jacobian", "line", dict(columns), "R", titles[2], log=(titles[2],)),),
+        plots=(
+            Plot(
+                f"norm of sigmoid's Jacobian at {tokens or 'n = e^(R²), more for larger R,'} tokens",
+                "line",
+                dict(columns),
+                "R",
+                titles[2],
+                log=(titles[2],),
+            ),
+        ),
         counterexample="n equal tokens R = √log n, d = 1, A = W = 1, b = −log n: all logits are log n, σ = "
         "1/2, σ' = 1/4.\n∂y_i/∂x_j = 1/2 + R²/4, plus n·R²/4 where i = j: on (1, …, 1) the Jacobian is the "
         "factor\n"

@@ -1,15 +1,19 @@
 """What the source articles say, or leave out, that no computation can decide: texts, and timings.
 
-The statements that can be computed are in the modules named article_… and in worked_example.
+And one implication, which can be decided although its premise is in dispute. The other statements that can be
+computed are in the modules named article_… and in worked_example.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from attnproof.properties.claims.base import Check, Claim, ClaimFinding, Laboratory
+from attnproof.properties.claims.spline_converse import compiler
+from attnproof.properties.forms.relu_encoder import softmax
 
-__all__ = ["CLAIMS", "undecided"]
+__all__ = ["CLAIMS", "implied", "undecided"]
 
 
 def undecided(reason: str) -> Check:
@@ -19,6 +23,26 @@ def undecided(reason: str) -> Check:
         return ClaimFinding(status="OPEN", evidence=reason)
 
     return check
+
+
+def implied(compiled: ClaimFinding) -> ClaimFinding:
+    """Does "every spline is a max–min polynomial" imply "every spline is a ReLU encoder"? As SPL-8b does.
+
+    Args:
+        compiled: what :func:`~attnproof.properties.claims.spline_converse.compiler` found.
+    """
+    good = compiled.status == "HOLDS"
+    return replace(
+        compiled,
+        evidence="the conjecture says that a spline is max_i min_j of finitely many polynomials; "
+        + (
+            "each of these is an encoder by SPL-8b, which the implication is"
+            if good
+            else "here these are no encoders, and the implication has lost its second step"
+        )
+        + f": {compiled.evidence}. The premise is refuted in SPL-9d, so that no spline follows to be an "
+        "encoder from this",
+    )
 
 
 def _text(name: str, title: str, statement: str, source: str, reason: str) -> Claim:
@@ -101,15 +125,15 @@ CLAIMS: Final = (
         "paper. "
         "Checked elsewhere: feed-forward networks, encoder and decoder blocks as splines (SPL-4, SPL-5).",
     ),
-    _text(
-        "SEED3-6b",
-        "the Pierce–Birkhoff conjecture",
-        "If the Pierce–Birkhoff conjecture is true, every spline is an encoder with ReLU attention.",
-        _FOURTH.format("abstract of Lai, Lim and Liu, arXiv 2408.09624"),
-        "The conjecture is claimed to be false in a preprint that is under review, and no computation here "
-        "decides it. "
-        "Needed: its proof, checked. Checked elsewhere: the counterexample's steps that can be computed "
-        "(SPL-9) and "
-        "the converse for lattices of polynomials (SPL-8).",
+    Claim(
+        id="SEED3-6b",
+        subject="source articles",
+        title="the Pierce–Birkhoff conjecture",
+        statement="If the Pierce–Birkhoff conjecture is true, every spline is an encoder with ReLU "
+        "attention.",
+        source=_FOURTH.format("abstract of Lai, Lim and Liu, arXiv 2408.09624"),
+        kind="exact",
+        check=lambda lab: implied(compiler(*lab.choose((4, 0, 0), (12, 1, 1)))),
+        control=lambda lab: implied(compiler(3, 0, 0, softmax)),
     ),
 )

@@ -135,7 +135,14 @@ def one_polynomial_a_pattern(layers: Sequence[int], activation: Activation = REL
         evidence=f"{len(rows)} rational planes, {sum(row[2] for row in rows)} rational points with "
         f"{sum(row[3] for row in rows)} patterns of signs: {sum(row[6] for row in rows)} differ from the "
         "bivariate polynomial of their pattern; largest total degrees "
-        + ", ".join(f"{row[4]} (t = {row[1]})" for row in rows),
+        + ", ".join(f"{row[4]} (t = {row[1]})" for row in rows)
+        + (
+            ". For all: with its signs given every relu is 0 or the identity, wherever the inputs lie, "
+            "so that "
+            "the network is one composition of polynomials, and a layer triples the degree at most (SPL-4c)"
+            if good
+            else ""
+        ),
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
         plots=tuple(plots),
         counterexample="" if good else example or f"largest total degrees {[row[4] for row in rows]}",
@@ -230,6 +237,15 @@ def bound(layers: int, n: int, *, wide: int = 0, degree: int = 2) -> int:
     return most
 
 
+_COUNT_PROOF: Final = (
+    "For all: on each of the B_{s−1} + 1 cells of the layers before, layer s has n² scores, polynomials of "
+    "degree at most 2·3^(s−1) in t (SPL-4c), each of which changes its sign at most that often; on each "
+    "of the "
+    "A + 1 cells that this leaves n·h hidden units are polynomials of degree at most 3^s. Nothing else has a "
+    "breakpoint"
+)
+
+
 def counts(sizes: Sequence[tuple[int, int, int]], lines: int, *, degree: int = 2) -> ClaimFinding:
     """SPL-10: exact numbers of breakpoints against the bound.
 
@@ -272,7 +288,7 @@ def counts(sizes: Sequence[tuple[int, int, int]], lines: int, *, degree: int = 2
         "isolated: most "
         + ", ".join(f"{row[4]} of {row[6]} (t = {row[0]}, n = {row[1]})" for row in rows)
         + (f"; the bound is attained for t = 1, {', '.join(attained)}" if attained else "")
-        + (f"; exceeded: {over[0]}" if over else ""),
+        + (f"; exceeded: {over[0]}" if over else f". {_COUNT_PROOF}"),
         table=table,
         plots=(
             Plot(

@@ -169,7 +169,12 @@ def _attained(found: Sequence[Examined]) -> str:
 
 
 def splines(
-    cases: Sequence[Case], activation: Activation = RELU, *, example: str = "", seed: int | None = None
+    cases: Sequence[Case],
+    activation: Activation = RELU,
+    *,
+    example: str = "",
+    seed: int | None = None,
+    proof: str = "",
 ) -> ClaimFinding:
     """Is every case a continuous piecewise polynomial on its line, of a degree at most the claimed one?
 
@@ -180,6 +185,7 @@ def splines(
         activation: what is interpolated on the cells of ReLU.
         example: a counterexample to be redone by hand, if one smaller than the search's is known.
         seed: of the cases.
+        proof: why it is so on all lines and for all weights, told where it is so on these.
     """
     found = [examine(case, activation) for case in cases]
     problems = [one.problem for one in found if one.problem]
@@ -192,6 +198,7 @@ def splines(
         if largest != claimed
     ]
     undecided = any(None in one.agree for one in found)
+    plain = activation is RELU and all(case.evaluated is None for case in cases)
     breakpoints = sum(len(one.contacts) for one in found)
     return ClaimFinding(
         status="REFUTED" if problems else "OPEN" if undecided else "HOLDS",
@@ -201,7 +208,9 @@ def splines(
         f"{sum(contact != 0 for one in found for contact in one.contacts)} of {breakpoints} breakpoints "
         "without a jump (the breakpoint's minimal polynomial divides the difference of the pieces); "
         f"degree {_attained(found)}"
-        + (f". Not so in {len(problems)} places, the first: {problems[0]}" if problems else ""),
+        + ("" if plain else " (cells, breakpoints and degrees of the network with ReLU and nothing after it)")
+        + (f". Not so in {len(problems)} places, the first: {problems[0]}" if problems else "")
+        + (f". For all inputs: {proof}" if proof and not problems and not undecided else ""),
         table={
             "case": [one.case.name for one in found],
             "degree claimed": [one.case.degree for one in found],
@@ -215,7 +224,8 @@ def splines(
             ],
             "breakpoints with a jump": [one.contacts.count(0) for one in found],
         },
-        plots=picture(found[0].pieces, found[0].case.name),
+        # The pieces are those of the network with ReLU: of anything else there is nothing to draw.
+        plots=picture(found[0].pieces, found[0].case.name) if plain else (),
         counterexample=(example or problems[0]) if problems else "",
         seed=seed,
     )

@@ -47,7 +47,10 @@ def feed_forward(lines: int, activation: Activation = RELU) -> ClaimFinding:
             for _ in range(depth)
         ]
         cases.append(Case(f"{depth} networks, line {seed + 1}", Encoder(tuple(block)), line(rng, 2, 3), 1))
-    return splines(cases, activation, seed=4)
+    proof = (
+        "relu of an affine function is continuous and piecewise affine, and sums and compositions of such are"
+    )
+    return splines(cases, activation, seed=4, proof=proof)
 
 
 def blocks(lines: int, activation: Activation = RELU) -> ClaimFinding:
@@ -59,7 +62,12 @@ def blocks(lines: int, activation: Activation = RELU) -> ClaimFinding:
         network = Encoder.random(rng, 2, 1, wide=3, residual=residual)
         name = f"n = {n}, {'with' if residual else 'without'} residuals, line {seed + 1}"
         cases.append(Case(name, network, line(rng, n, 2), 3))
-    return splines(cases, activation, seed=5)
+    proof = (
+        "attention is a cubic spline (SPL-1a), and affine maps, relu and a residual neither raise the "
+        "degree of "
+        "a piece nor make a jump; relu cuts cells once more, by the signs of cubic polynomials"
+    )
+    return splines(cases, activation, seed=5, proof=proof)
 
 
 def _seeds(layers: int, lines: int) -> list[int]:
@@ -83,7 +91,12 @@ def layers(deepest: int, lines: int, *, base: int = 3, product: bool = False) ->
             network = Encoder.random(rng, 2, t, residual=residual)
             name = f"t = {t}, {'with' if residual else 'without'} residuals, line {seed + 1}"
             cases.append(Case(name, network, line(rng, 2, 2), base * t if product else base**t))
-    return splines(cases, seed=6)
+    proof = (
+        "on a cell on which a layer's input has degree p and its scores have constant signs, these have "
+        "degree "
+        "2p and the output at most 3p, as in SPL-1a; by induction 3^t, without a jump"
+    )
+    return splines(cases, seed=6, proof=proof)
 
 
 def decoders(
@@ -105,7 +118,12 @@ def decoders(
         p, q = 3**depth, 3**causal
         degree = of_encoder * p + of_decoder * q
         cases.append(Case(f"p = {p}, q = {q}, line {seed + 1}", network, line(rng, 4, 2), degree))
-    return splines(cases, seed=7)
+    proof = (
+        "scores have degree p + q and values p, so that pieces have at most 2p + q, as in SPL-1a; a "
+        "residual of "
+        "degree q does not raise it"
+    )
+    return splines(cases, seed=7, proof=proof)
 
 
 def layer_normalised(x: Array) -> Array:

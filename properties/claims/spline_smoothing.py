@@ -211,6 +211,14 @@ def _proportional(scores: Array) -> Array:
     return row_normalised(scores, np.ones(scores.shape, dtype=bool))
 
 
+_LIMIT_PROOF: Final = (
+    "For all: in units of the largest, weights are 1 at the m maxima and sum to r ≤ (n − m)e^{−βδ} "
+    "elsewhere. "
+    "The maxima are off by m(1/m − 1/(m + r)) = r/(m + r), the others by r/(m + r): 2r/(m + r) ≤ 2r/m "
+    "together"
+)
+
+
 def hard_attention(trials: int, limit: Callable[[Array], Array] = _average_of_maxima) -> ClaimFinding:
     """SPL-7d: Σ|softmax(βs) − limit| against 2(n − m)/m·e^{−βδ}, for n scores with m maxima and gap δ."""
     rng, rows, worst = np.random.default_rng(16), [], ""
@@ -241,7 +249,8 @@ def hard_attention(trials: int, limit: Callable[[Array], Array] = _average_of_ma
         status="REFUTED" if worst else "OPEN" if undecided else "HOLDS",
         evidence=f"{trials} rows of 6 rational scores, ties among them, at each of 4 values of β, in "
         f"balls: {sum(row[2] for row in rows)} beyond the bound; largest distances "
-        + ", ".join(f"{row[1]:.3g} at β = {row[0]}" for row in rows),
+        + ", ".join(f"{row[1]:.3g} at β = {row[0]}" for row in rows)
+        + ("" if worst or undecided else f". {_LIMIT_PROOF}"),
         table={title: [row[i] for row in rows] for i, title in enumerate(("β", "distance", "beyond"))},
         counterexample=worst,
         seed=16,

@@ -60,6 +60,18 @@ def rationals_zero(d: int) -> Array:
     return filled((d,), [flint.fmpq(0)] * d)
 
 
+_CUBIC_PROOF: Final = (
+    "where the signs of the scores are constant, each weight is 0 or its score, of degree 2, and values have "
+    "degree 1: outputs have degree 3 at most; relu is continuous, and with it their sums of products"
+)
+_MASKED_PROOF: Final = f"{_CUBIC_PROOF}; weights of masked pairs are 0 everywhere"
+_CROSS_PROOF: Final = (
+    "as in SPL-1a, with scores of degree 1 in X and 1 in Y, and values of degree 1 in X: 3 together, 2 "
+    "in X, 1 "
+    "in Y"
+)
+
+
 def _self_attention(lines: int, *, causal: bool = False, degree: int = 3) -> list[Case]:
     cases = []
     for seed in range(lines):
@@ -109,7 +121,7 @@ def _pattern_degrees(n: int, d: int) -> list[int]:
 
 def cubic(lines: int, activation: Activation = RELU) -> ClaimFinding:
     """SPL-1: lines, and every pattern of signs at n = d = 2 with unknown weights."""
-    found = splines(_self_attention(lines), activation, seed=1)
+    found = splines(_self_attention(lines), activation, seed=1, proof=_CUBIC_PROOF)
     degrees = _pattern_degrees(2, 2)
     every = degrees[0] == 0 and set(degrees[1:]) == {3}
     return ClaimFinding(
@@ -184,7 +196,14 @@ def causality(tokens: int = 5, trials: int = 6, *, causal: bool = True) -> Claim
         evidence=f"{trials} random rational maps, {tokens} tokens: {trials * (tokens - 1)} changes of all "
         f"later tokens change an earlier row {len(moved)} times; scores lowered by the largest masked "
         f"score give the masked output exactly {masked} of {trials} times, lowered by half of it "
-        f"{trials - leaks} times",
+        f"{trials - leaks} times"
+        + (
+            ". For all: weights of later tokens are 0 and the others do not contain these; relu(s − M) "
+            "= 0 for "
+            "every M ≥ s"
+            if good
+            else ""
+        ),
         table={"maps": [trials], "rows moved": [len(moved)], "equal": [masked], "half leaks": [leaks]},
         counterexample=""
         if good
@@ -209,7 +228,7 @@ def encoder_decoder(lines: int, activation: Activation = RELU) -> ClaimFinding:
             moved[rows] = direction[rows]
             name = f"map {seed + 1}, {moving} on a line"
             cases.append(Case(name, EncoderDecoder(attention, 3), (start, moved), degree))
-    return splines(cases, activation, seed=3)
+    return splines(cases, activation, seed=3, proof=_CROSS_PROOF)
 
 
 SOFTMAX: Final = Activation(weights=softmax)
@@ -260,7 +279,9 @@ CLAIMS: Final = (
         statement="ReLU attention with weights of masked pairs set to 0 (j ≤ i kept) is a cubic spline of X.",
         source=SOURCE + "masked attention (section from memory)",
         kind="exact",
-        check=lambda lab: splines(_self_attention(lab.choose(4, 24, 120), causal=True), seed=1),
+        check=lambda lab: splines(
+            _self_attention(lab.choose(4, 24, 120), causal=True), seed=1, proof=_MASKED_PROOF
+        ),
         control=lambda lab: splines(_self_attention(2, causal=True), _EXPONENTIAL, seed=1),
         covers=("SPL-2",),
     ),

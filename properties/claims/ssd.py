@@ -13,9 +13,10 @@ import flint
 import numpy as np
 
 from attnproof.properties.claims.base import Claim, ClaimFinding
+from attnproof.properties.claims.equal_forms import SCHWARTZ_ZIPPEL
 from attnproof.properties.forms import gated, ssd
 from attnproof.properties.forms.base import Array, difference
-from attnproof.properties.forms.numbers import Tally, counted, rationals
+from attnproof.properties.forms.numbers import Tally, counted, generic, rationals
 
 __all__ = [
     "CLAIMS",
@@ -29,6 +30,23 @@ __all__ = [
 
 SEED: Final = 71
 SSD: Final = "Dao and Gu, Transformers are SSMs, arXiv 2405.21060"
+
+_RANK_PROOF: Final = (
+    "For all: M_ts = (C_tᵀA_t⋯A_{i+1})(A_i⋯A_{s+1}B_s) for s ≤ i ≤ t, where the empty product is I: the "
+    "block "
+    "is a product of a matrix with N columns and one with N rows"
+)
+_REALISATION_PROOF: Final = (
+    "For all: let H_t = M[t:, :t+1] have rank r_t ≤ N, and U_t be r_t independent columns that span it. "
+    "Row t "
+    "left out, the columns of H_t lie in those of H_{t+1}, so U_t without its first row is "
+    "U_{t+1}A_{t+1}; the "
+    "last column of H_t is U_tB_t; C_tᵀ is the first row of U_t. Then M_ts = C_tᵀA_t⋯A_{s+1}B_s"
+)
+_RECURRENCE_PROOF: Final = (
+    "For all: (y_t, …, y_{t−k+1}) is a state of k numbers, from which and later inputs later outputs follow, "
+    "so that L's blocks have rank k at most, as in SSD-1a"
+)
 
 Matrix = Callable[[np.random.Generator, int, int], Array]
 """A lower triangular matrix by its length and the order that it is said to have."""
@@ -99,7 +117,9 @@ def ranks(
         status="REFUTED" if example else "HOLDS",
         evidence="ranks over the rationals of M[i:, :i+1] for all i, which hold every submatrix on or "
         "below the "
-        "diagonal: " + ", ".join(f"T = {t}, N = {n}: {most} at most" for t, n, most, _ in rows),
+        "diagonal: "
+        + ", ".join(f"T = {t}, N = {n}: {most} at most" for t, n, most, _ in rows)
+        + ("" if example else f". {_RANK_PROOF}"),
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
         counterexample=example,
         seed=SEED,
@@ -133,7 +153,8 @@ def realisation(
     return ClaimFinding(
         status="REFUTED" if example else "HOLDS",
         evidence=f"{len(rows)} matrices over the rationals: reproduced exactly in "
-        f"{sum(row[4] for row in rows)}, by a state of at most N in {sum(row[3] <= row[2] for row in rows)}",
+        f"{sum(row[4] for row in rows)}, by a state of at most N in {sum(row[3] <= row[2] for row in rows)}"
+        + ("" if example else f". {_REALISATION_PROOF}"),
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
         counterexample=example,
         seed=SEED + 1,
@@ -148,26 +169,31 @@ def equal_forms(length: int = 11, *, strict: bool = False) -> ClaimFinding:
         strict: True puts one decay too many into L, Π_{j≤r≤i} in place of Π_{j<r≤i}.
     """
     rng = np.random.default_rng(SEED + 2)
-    x, a = rationals(rng, length, 3), rationals(rng, length)
+    x, a = generic(rng, length, 3), generic(rng, length)
+    B, C = generic(rng, length, 2), generic(rng, length, 2)
     # A decay of 0 forgets all: the forms must not divide by products of decays.
-    a[length // 2] = a[length // 2] * 0
-    B, C = rationals(rng, length, 2), rationals(rng, length, 2)
-    due, state = gated.recurrent(C, B, x, a[:, None, None])
-    quadratic = ssd.quadratic(x, a, B * a[:, None] if strict else B, C)
-    rows = [("quadratic", bool(difference(due, quadratic) == 0), float(difference(due, quadratic)))]
-    for chunk in (1, 3, 4, length):
-        y, last = ssd.blocks(x, a, B, C, chunk=chunk)
-        apart = max(difference(due, y), difference(state, last))
-        rows.append((f"blocks of {chunk}", bool(apart == 0), float(apart)))
+    reset = a.copy()
+    reset[length // 2] = reset[length // 2] * 0
+    rows = []
+    for decays, told in ((a, ""), (reset, ", one decay 0")):
+        due, state = gated.recurrent(C, B, x, decays[:, None, None])
+        quadratic = ssd.quadratic(x, decays, B * decays[:, None] if strict else B, C)
+        apart = difference(due, quadratic)
+        rows.append((f"quadratic{told}", bool(apart == 0), float(apart)))
+        for chunk in (1, 3, 4, length):
+            y, last = ssd.blocks(x, decays, B, C, chunk=chunk)
+            apart = max(difference(due, y), difference(state, last))
+            rows.append((f"blocks of {chunk}{told}", bool(apart == 0), float(apart)))
     wrong = [row[0] for row in rows if not row[1]]
     titles = ("form", "equal", "largest difference")
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
-        evidence=f"T = {length}, N = 2, P = 3, rational, one decay 0: {len(rows) - len(wrong)} of "
-        f"{len(rows)} forms equal the recurrence",
+        evidence=f"T = {length}, N = 2, P = 3, rational, and with one decay of 0: {len(rows) - len(wrong)} "
+        f"of {len(rows)} forms equal the recurrence ({SCHWARTZ_ZIPPEL})",
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
-        counterexample=f"first position: the recurrence gives {', '.join(map(str, due[0]))}, the form "
-        f"'{wrong[0]}' {', '.join(map(str, quadratic[0]))}, with a_1 = {a[0]}"
+        counterexample="T = 1, x = B = C = 1, a_1 = 1/2: the recurrence from 0 gives 1; with Π_{j≤r≤i} "
+        "a_r in "
+        f"L the quadratic form gives 1/2. Different here: {', '.join(wrong)}"
         if wrong
         else "",
         seed=SEED + 2,
@@ -291,7 +317,8 @@ def bounded_recurrence(
     return ClaimFinding(
         status="REFUTED" if example else "HOLDS",
         evidence="ranks over the rationals of L[i:, :i+1] for all i: "
-        + ", ".join(f"T = {t}, k = {k}: {most} at most" for t, k, most in rows),
+        + ", ".join(f"T = {t}, k = {k}: {most} at most" for t, k, most in rows)
+        + ("" if example else f". {_RECURRENCE_PROOF}"),
         table={title: [row[i] for row in rows] for i, title in enumerate(titles)},
         counterexample=example,
         seed=SEED + 3,

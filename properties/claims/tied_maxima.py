@@ -22,6 +22,7 @@ from attnproof.properties.forms.numbers import rationals
 __all__ = [
     "CLAIMS",
     "adjusted",
+    "bias_by_signs",
     "bias_of_pairs",
     "bias_of_rows",
     "invariant",
@@ -52,35 +53,71 @@ def mean_error(numbers: Sequence[int], step: Callable[[int], int], residual: int
     return total / len(numbers)
 
 
-def bias_of_pairs(residual: int = 1, *, signs: str = "one") -> ClaimFinding:
-    """Is the mean error of a + b + rest over all bfloat16 a, b of [2, 4) ±1/4 unit, by the rest's sign?
+_NUMBERS: Final = range(128, 256)
+"""The bfloat16 numbers of [2, 4), in units of 1/64; of a sum in [4, 8) bfloat16 keeps multiples of 1/32."""
 
-    a, b are i/64, i = 128 … 255; their sum lies in [4, 8), where bfloat16 has the unit 1/32.
+
+def bias_of_pairs(*, unit: int = 2) -> ClaimFinding:
+    """Is the mean error of a + b + rest over all bfloat16 a, b of [2, 4) 1/4 unit times the rest's sign?
 
     Args:
-        residual: sign of the rest, relative to the sum.
-        signs: "one", or "both": each pair with both signs, as values of mixed sign have.
+        unit: of the stored sum, in 1/64: 2 in bfloat16, 1 in a format of one digit more.
     """
-    sums = [i + j for i in range(128, 256) for j in range(128, 256)]
-    ties = sum(x % 2 for x in sums)
-    away = mean_error(sums, lambda _: 2, residual)
-    # A negative sum has the mirrored error.
-    toward = mean_error(sums, lambda _: 2, residual)
-    mean = away if signs == "one" else (away - toward) / 2
-    by_sign = {r: mean_error(sums, lambda _: 2, r) for r in (-1, 0, 1)}
-    good = mean == flint.fmpq(residual, 4) and residual != 0 and by_sign[0] == 0
+    sums = [i + j for i in _NUMBERS for j in _NUMBERS]
+    ties = sum(2 * (x % unit) == unit for x in sums)
+    by_sign = {r: mean_error(sums, lambda _: unit, r) for r in (-1, 0, 1)}
+    wrong = [r for r, mean in by_sign.items() if mean != flint.fmpq(r, 4)]
     return ClaimFinding(
-        status="HOLDS" if good else "REFUTED",
-        evidence=f"all {len(sums)} pairs: {ties} sums are ties ({ties / len(sums):g}); mean error in units "
-        "of the result "
-        + ", ".join(f"{mean} with a rest of sign {r}" for r, mean in by_sign.items())
-        + f"; tested: {mean} (values of {signs} sign{'s' if signs == 'both' else ''})",
+        status="REFUTED" if wrong else "HOLDS",
+        evidence=f"all {len(sums)} pairs, sums stored in multiples of {unit}/64: {ties} sums are ties "
+        f"({ties / len(sums):g}); mean error in units of the result "
+        + ", ".join(f"{mean} with a rest of sign {r}" for r, mean in by_sign.items()),
         table={"sign of the rest": list(by_sign), "mean error, units": [str(x) for x in by_sign.values()]},
-        counterexample=""
-        if good
-        else "a = 128/64, b = 129/64: 257/64 is the tie between 256/64 and 258/64; without a rest 256/64 "
-        "(even), and 130/64 + 129/64 = 259/64 goes to 260/64: the two errors cancel, as those of a + b and "
-        "−a − b do",
+        counterexample=f"with a rest of sign {wrong[0]} the mean is {by_sign[wrong[0]]}: "
+        + ("no sum is a tie" if not ties else "a = 128/64, b = 129/64")
+        if wrong
+        else "",
+    )
+
+
+def bias_by_signs(*, follows: bool = True) -> ClaimFinding:
+    """Over (a, b), (−a, −b), (a, −b), (−a, b) with a rest of the sum's opposite sign: 1/4 unit towards zero
+    for sums of values of one sign, no error for sums of values of opposite signs?
+
+    Args:
+        follows: the rest has the sign opposite to the sum; False makes it negative always.
+    """
+    rows = []
+    for first, second in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
+        sums = [first * i + second * j for i in _NUMBERS for j in _NUMBERS]
+        rest = -1 if first > 0 or not follows else 1
+        # Sums of opposite signs are exact, and an infinitesimal rest of either sign leaves them.
+        # Below 4 bfloat16 holds every multiple of 1/64.
+        means = {
+            r: mean_error(sums, lambda x: 2 if abs(x) >= 256 else 1, r)
+            for r in ((rest,) if first == second else (-1, 1))
+        }
+        due = flint.fmpq(-first, 4) if first == second else flint.fmpq(0)
+        rows += [(first, second, r, mean, mean == due) for r, mean in means.items()]
+    wrong = [row for row in rows if not row[4]]
+    # The four choices weigh the same; of opposite signs both rests are 0 each.
+    together = sum((row[3] for row in rows[:2]), flint.fmpq(0)) / 4
+    return ClaimFinding(
+        status="REFUTED" if wrong or together else "HOLDS",
+        evidence=f"{len(_NUMBERS) ** 2} pairs for each choice of signs; mean of (stored − exact)/unit: "
+        + "; ".join(f"({a:+d}, {b:+d}), rest {r:+d}: {mean}" for a, b, r, mean, _ in rows)
+        + f". All four together: {together}",
+        table={
+            "signs of a, b": [f"{a:+d}, {b:+d}" for a, b, *_ in rows],
+            "sign of the rest": [row[2] for row in rows],
+            "mean error, units": [str(row[3]) for row in rows],
+        },
+        counterexample=(
+            "−128/64 − 129/64 = −257/64 with a negative rest goes to −258/64, half a unit away from zero: "
+            f"over all pairs of negative values {wrong[0][3]}"
+            if wrong
+            else ""
+        ),
     )
 
 
@@ -316,16 +353,17 @@ CLAIMS: Final = (
         "without a rest 0.",
         f"derived; {_PAPER}; kexue.fm 11371",
         "exact",
-        (lambda: bias_of_pairs(1), lambda: bias_of_pairs(0)),
+        (bias_of_pairs, lambda: bias_of_pairs(unit=1)),
     ),
     _claim(
         "2b",
         "a quarter of a unit, the rest's sign turned",
-        "With a rest of the sign opposite to the sum's the mean error is exactly 1/4 unit towards zero; and "
-        "over values of both signs it is not.",
+        "With a rest of the sign opposite to the sum's the mean error is exactly 1/4 unit towards zero, for "
+        "positive and for negative values; sums of one value of either sign are exact, so that values of "
+        "both signs, all pairs taken together, have the mean error 0.",
         f"derived; {_PAPER}",
         "exact",
-        (lambda: bias_of_pairs(-1), lambda: bias_of_pairs(-1, signs="both")),
+        (bias_by_signs, lambda: bias_by_signs(follows=False)),
     ),
     _claim(
         "2c",

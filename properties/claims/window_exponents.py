@@ -113,6 +113,13 @@ def bounds(
     )
 
 
+_LIMIT_PROOF: Final = (
+    "The limits, for every d, by Hankel's expansion I_ν(w) = e^w/√(2πw)·(1 − (4ν² − 1)/(8w) + O(w⁻²)): with "
+    "ν = d/2 − 1 the quotient I_{ν+1}/I_ν is 1 − (2ν + 1)/(2w) + O(w⁻²), 2ν + 1 = d − 1; and R = "
+    "(w/4)^ν I_ν(2w)/(Γ(d/2)I_ν(w)²) ~ (w/4)^ν √(πw)/Γ(d/2) = c_d w^((d−1)/2)"
+)
+
+
 def asymptotics(
     dimensions: Sequence[int] = (2, 3, 5, 9), widths: Sequence[int] = (100, 1000, 10000), shift: int = 0
 ) -> ClaimFinding:
@@ -143,7 +150,11 @@ def asymptotics(
     return ClaimFinding(
         status="REFUTED" if wrong else "HOLDS",
         evidence=f"balls of 256 bits at d = {list(dimensions)}, w = {list(widths)}: "
-        + (wrong or "both ratios are 1 within d/(2w) and d²/w; in d = 3 R is w coth w, and c_3 = 1"),
+        + (
+            wrong
+            or f"both ratios are 1 within d/(2w) and d²/w; in d = 3 R is w coth w, and c_3 = 1. "
+            f"{_LIMIT_PROOF}"
+        ),
         table=columns(("d", "w", "|2w(1 − r)/(d − 1) − 1|", "|R/(c_d w^((d−1)/2)) − 1|", "inside"), rows),
         counterexample=wrong,
     )

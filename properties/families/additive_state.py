@@ -17,16 +17,19 @@ from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.budgets.base import dtype_name
 from attnproof.properties.budgets.propagation import Estimate, Propagation
 from attnproof.properties.budgets.rounding import Roundings
-from attnproof.properties.budgets.stored import stored_budget, with_leaks
+from attnproof.properties.budgets.stored import sampled_budget, stored_budget, with_leaks
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.arguments import finite
 from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
 from attnproof.properties.families.sequences import Sequences, StateCall, state_dtype
-from attnproof.properties.families.state_blocks import (
-    Operands,
-    StateGradients,
+from attnproof.properties.families.state_blocks import Operands, StateGradients, Writes
+from attnproof.properties.families.state_layout import (
+    Layout,
     block_length,
-    in_blocks,
+    sampled_rows,
+    scattered,
+    unknown,
+    unsampled,
 )
 from attnproof.properties.families.state_runs import StateRuns, absolute_sizes
 
@@ -44,6 +47,7 @@ class AdditiveStateProblem(Problem):
         sequences: where the sequences lie.
         closed: bool (B, H, N), rows that see a non-finite input; closed_states: bool (S, H).
         bad: whether some input is not finite.
+        rows: int64, the positions of long calls that are judged; None where all are.
         returned: names of the outputs; given: names of the inputs that have a gradient.
     """
 
@@ -59,6 +63,7 @@ class AdditiveStateProblem(Problem):
     closed: torch.Tensor
     closed_states: torch.Tensor
     bad: bool
+    rows: torch.Tensor | None
     gate_shape: tuple[int, ...] | None
     returned: tuple[str, ...]
     given: tuple[str, ...]
@@ -72,8 +77,8 @@ class AdditiveStateProblem(Problem):
 
     @property
     def differentiated(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The inputs of this call that have a gradient."""
-        return self.given
+        """The inputs of this call that have a gradient; none of a long call, which is judged forward only."""
+        return self.given if self.rows is None else ()
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -139,14 +144,25 @@ class AdditiveStateProblem(Problem):
         """Sequences that are taken one by one, or None for the whole batch."""
         return list(range(len(self.sequences))) if self.sequences.packed else [None]
 
-    def cut(self, part: int | None, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, H, N, X) as (B, H, C, n, X), of one part."""
-        tensor = tensor if part is None else self.sequences.part(part, tensor)
-        return in_blocks(tensor, block_length(tensor.shape[2], self.resets.shape[-1]))
+    def part_of(self, part: int | None, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, X) of one part."""
+        return tensor if part is None else self.sequences.part(part, tensor)
 
-    def real(self, part: int | None) -> torch.Tensor:
-        """Positions that are not after the end, bool (B, H, C, n, 1)."""
-        return self.cut(part, torch.ones_like(self.q[..., :1], dtype=torch.bool))
+    def layout(self, part: int | None) -> Layout:
+        """The blocks of one part."""
+        length = self.q.shape[2]
+        start, stop = (0, length) if part is None else self.sequences.segments[part][1:]
+        if self.rows is None:
+            return Layout.whole(stop - start, block_length(stop - start, self.resets.shape[-1]))
+        return Layout.sampled(stop - start, self.rows[(self.rows >= start) & (self.rows < stop)] - start)
+
+    def cut(self, part: int | None, tensor: torch.Tensor, *, far: bool = False) -> torch.Tensor:
+        """(B, H, N, X) in blocks of reads, or with ``far`` of writes, (B, H, C, n, X), of one part."""
+        return self.layout(part).cut(self.part_of(part, tensor), far=far)
+
+    def real(self, part: int | None, *, far: bool = False) -> torch.Tensor:
+        """Positions that are not after the end of their block, bool (B, H, C, n, 1)."""
+        return self.cut(part, torch.ones_like(self.q[..., :1], dtype=torch.bool), far=far)
 
     def states_of(self, part: int | None, states: torch.Tensor) -> torch.Tensor:
         """The states (S, H, …) of one part."""
@@ -154,37 +170,50 @@ class AdditiveStateProblem(Problem):
 
     def operands(self, a: Arithmetic[V], part: int | None) -> Operands[V]:
         """What the recurrence works on."""
-        real = self.real(part)
-        q, k = (a.masked(self.mapped(a, a.exact(self.cut(part, x))), real) for x in (self.q, self.k))
         count = (self.q.shape[0] if part is None else 1, self.q.shape[1], self.features, self.v.shape[3])
-        initial = self.initial_state
+        initial, near = self.initial_state, self._writes(a, part, far=False)
         return Operands(
-            q=q,
-            k=k,
-            v=a.exact(self.cut(part, self.v)),
-            # Nothing decays after the end: the final state is that of the last position.
-            gates=None if self.g is None else a.masked(self.log_decays(a, self.cut(part, self.g)), real),
-            resets=self.cut(part, self.resets),
+            q=self._mapped_blocks(a, part, self.q, far=False),
+            near=near,
+            far=near if self.rows is None else self._writes(a, part, far=True),
             initial=a.exact(torch.zeros(count) if initial is None else self.states_of(part, initial)),
             bonus=None if self.u is None else a.exact(self.u),
+            chosen=self.layout(part).chosen,
             causal=self.causal,
         )
 
+    def _mapped_blocks(self, a: Arithmetic[V], part: int | None, x: torch.Tensor, *, far: bool) -> V:
+        """φ(x) in blocks, 0 after their ends."""
+        return a.masked(self.mapped(a, a.exact(self.cut(part, x, far=far))), self.real(part, far=far))
+
+    def _writes(self, a: Arithmetic[V], part: int | None, *, far: bool) -> Writes[V]:
+        """Keys, values and gates in blocks."""
+        gates = None
+        if self.g is not None:
+            # Nothing decays after the end: the final state is that of the last position.
+            gates = a.masked(self.log_decays(a, self.cut(part, self.g, far=far)), self.real(part, far=far))
+        return Writes(
+            k=self._mapped_blocks(a, part, self.k, far=far),
+            v=a.exact(self.cut(part, self.v, far=far)),
+            gates=gates,
+            resets=self.cut(part, self.resets, far=far),
+        )
+
     def rows_joined(self, a: Arithmetic[V], parts: list[V]) -> V:
-        """(B, H, C, n, X) of every part as (B, H, N, X), without what is after the ends."""
+        """(B, H, R, m, X) of every part as (B, H, N, X), 0 in rows that are not judged."""
         length, joined = self.q.shape[2], None
+        rows = torch.arange(length) if self.rows is None else self.rows
         for part, x in zip(self.parts(), parts, strict=True):
             batch, heads, count, size, width = a.shape(x)
             x = a.reshape(x, (batch, heads, count * size, width))
             start, stop = (0, length) if part is None else self.sequences.segments[part][1:]
-            if (start, stop, count * size) == (0, length, length):
+            if self.rows is None and (start, stop, count * size) == (0, length, length):
                 return x
-            place = torch.zeros(length, count * size, dtype=torch.float64)
-            place[start:stop, : stop - start] = torch.eye(stop - start, dtype=torch.float64)
-            x = a.matmul(a.exact(place), x)
+            mine = torch.where((rows >= start) & (rows < stop), rows - start, -2)
+            x = a.matmul(a.exact(self.layout(part).picked(mine)), x)
             joined = x if joined is None else a.add(joined, x)
         assert joined is not None
-        return joined
+        return scattered(a, joined, self.rows, length)
 
     def states_joined(self, a: Arithmetic[V], parts: list[V]) -> V:
         """(1, H, …) of every part as (S, H, …)."""
@@ -206,7 +235,9 @@ class AdditiveStateProblem(Problem):
         a = arithmetic
         blocks = [self.operands(a, part).blocks(a) for part in self.parts()]
         reads = self.rows_joined(a, [a.scaled(x.reads(), self.scale) for x in blocks])
-        result = self.results(a, reads, self.states_joined(a, [x.final for x in blocks]))
+        result = self.results(
+            a, unknown(a, reads, self.rows), self.states_joined(a, [x.final for x in blocks])
+        )
         if gauges:
             for name, size in zip(("o", "state"), absolute_sizes(self), strict=True):
                 if name in self.outputs:
@@ -292,9 +323,12 @@ class AdditiveStateProblem(Problem):
         return torch.zeros(1, dtype=torch.bool)
 
     def gauge(self, output: str, reference: Mapping[str, Enclosure]) -> torch.Tensor:
-        """Σ|q||k|e^Δ|v|, channel by channel; of o, scaled."""
+        """Σ|q||k|e^Δ|v|, channel by channel; of o, scaled, and ∞ in rows that are not judged."""
         bound = reference.get(f"gauge:{output}", reference[output])
-        return (bound.value.abs() - bound.radius).clamp(min=0.0)
+        gauge = (bound.value.abs() - bound.radius).clamp(min=0.0)
+        if output != "o":
+            return gauge
+        return torch.where(unsampled(self.rows, self.q.shape[2]), torch.inf, gauge)
 
     def closed_elements(self, output: str) -> torch.Tensor:
         """Elements of an output that see a non-finite input."""
@@ -315,7 +349,8 @@ class AdditiveStateProblem(Problem):
         for name, estimate in self.estimates(Roundings.of(contract, dtype)).items():
             exact, closed = reference[name].value, self.closed_elements(name)
             if name == "o":
-                budget = stored_budget(estimate, exact, contract, dtype, closed)
+                left = unsampled(self.rows, self.q.shape[2])
+                budget = sampled_budget(estimate, exact, contract, dtype, closed, left)
                 tainted = self.sequences.rows_of_states(self.closed_states)
                 budgets[name] = with_leaks(budget, contract, broadcast_mask(tainted, self.shape(name)))
             else:
@@ -421,5 +456,6 @@ class AdditiveStateFamily(Family):
             "closed": rows,
             "closed_states": states,
             "bad": bool(rows.any() | states.any()),
+            "rows": sampled_rows(sequences.length, sequences.segments),
             "returned": self.problem_outputs(options),
         }

@@ -23,6 +23,7 @@ from attnproof.properties.families.arguments import finite
 from attnproof.properties.families.feature_maps import feature_error, feature_width, mapped, pulled
 from attnproof.properties.families.sequences import checked_state, checked_state_call, flag
 from attnproof.properties.families.state_blocks import StateGradients
+from attnproof.properties.families.state_layout import unknown
 from attnproof.properties.families.state_runs import StateRuns, absolute_sizes
 
 __all__ = ["LINEAR", "LinearProblem"]
@@ -96,6 +97,7 @@ class LinearProblem(AdditiveStateProblem):
             below = self.normaliser().unnormalised(a)
             found["o"] = self._divided(a, found["o"], below["o"])
             found["z"] = a.reshape(below["state"], self.shape("z"))
+        found["o"] = unknown(a, found["o"], self.rows)
         result = {name: found[name] for name in self.outputs}
         if gauges:
             for name, size in self._sizes().items():

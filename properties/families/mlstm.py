@@ -23,7 +23,7 @@ without cotangents, and m alone, of which o does not depend, has the gradient 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ from attnproof.properties.families.mlstm_gradients import gradients
 from attnproof.properties.families.mlstm_rows import Rows, final_state, magnitude, placed
 from attnproof.properties.families.mlstm_weights import BLOCK, Gates, blocks
 from attnproof.properties.families.sequences import checked_gate, checked_state_call, flag
+from attnproof.properties.families.state_layout import sampled_rows, scattered, unknown, unsampled
 
 __all__ = ["MLSTM", "MLSTMProblem"]
 
@@ -57,6 +58,7 @@ class MLSTMProblem(Problem):
         poisoned: bool (B, H, N), rows that see a non-finite input.
         tainted: bool (B, H), states that do.
         with_state: whether the call returns the final state.
+        sample: int64, the positions of long calls that are judged; None where all are.
         block: rows of a block, of class Rows.
     """
 
@@ -68,8 +70,8 @@ class MLSTMProblem(Problem):
     poisoned: torch.Tensor
     tainted: torch.Tensor
     with_state: bool
+    sample: torch.Tensor | None
 
-    differentiated = ("q", "k", "v", "i", "f")
     row_shape = (1,)
     block = BLOCK
 
@@ -77,6 +79,11 @@ class MLSTMProblem(Problem):
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
         """("o",), or with the final state (o, C', n', m)."""
         return ("o", "state", "n", "m") if self.with_state else ("o",)
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:  # type: ignore[override]
+        """All inputs; none of a long call, which is judged forward only."""
+        return ("q", "k", "v", "i", "f") if self.sample is None else ()
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -114,22 +121,35 @@ class MLSTMProblem(Problem):
 
     def evaluate(self, arithmetic: Arithmetic[V], gauges: bool = False) -> dict[str, V]:
         """o, and the final state; with ``gauges`` Σ|P||v|/N and the like for the state."""
-        a, length = arithmetic, self.sizes[2]
-        o = a.exact(torch.zeros(self.shape("o"), dtype=torch.float64))
+        a, (batch, heads, length, _, width), done = arithmetic, self.sizes, 0
+        count = length if self.sample is None else len(self.sample)
+        o = a.exact(torch.zeros(batch, heads, count, width, dtype=torch.float64))
         result = {"o": o}
         if gauges:
             result["gauge:o"] = o
-        for first, stop in blocks(length):
+        for first, stop in self.runs():
             rows = self.rows(a, first, stop)
-            result["o"] = a.add(result["o"], placed(a, rows.output(a), first, length))
+            result["o"] = a.add(result["o"], placed(a, rows.output(a), done, count))
             if gauges:
-                sizes = placed(a, rows.absolute_output(a), first, length)
+                sizes = placed(a, rows.absolute_output(a), done, count)
                 result["gauge:o"] = a.add(result["gauge:o"], sizes)
+            done += stop - first
+        for name, x in result.items():
+            result[name] = unknown(a, scattered(a, x, self.sample, length), self.sample)
         if self.with_state:
             result |= final_state(a, self)
             if gauges:
                 result |= {f"gauge:{name}": x for name, x in final_state(a, self, absolute=True).items()}
         return result
+
+    @property
+    def unsampled(self) -> torch.Tensor:
+        """Positions that are not judged, bool (N, 1)."""
+        return unsampled(self.sample, self.sizes[2])
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(first row, end) of the rows that are evaluated, block by block."""
+        return blocks(self.sizes[2], self.sample)
 
     def rows(self, arithmetic: Arithmetic[V], first: int, stop: int) -> Rows[V]:
         """The weights of rows that lie in one block."""
@@ -177,11 +197,14 @@ class MLSTMProblem(Problem):
         return mask.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
 
     def gauge(self, output: str, reference: Mapping[str, Enclosure]) -> torch.Tensor:
-        """Σ|P||v| / N, Σ|k||v| e^{D − m}, Σ|k| e^{D − m}, and 1 + |m|."""
+        """Σ|P||v| / N, Σ|k||v| e^{D − m}, Σ|k| e^{D − m}, and 1 + |m|; ∞ in rows that are not judged."""
         if output == "m":
             return reference["m"].value.abs().nan_to_num(posinf=0.0) + 1.0
         bound = reference.get(f"gauge:{output}", reference[output])
-        return (bound.value.abs() - bound.radius).clamp(min=0.0)
+        gauge = (bound.value.abs() - bound.radius).clamp(min=0.0)
+        if output != "o":
+            return gauge
+        return torch.where(self.unsampled, torch.inf, gauge)
 
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
         """See ``attnproof.properties.budgets.mlstm``."""
@@ -262,6 +285,7 @@ class MLSTMFamily(Family):
             poisoned=call.sequences.closed(bad_write) | call.bad_queries,
             tainted=call.sequences.closed_states(bad_write),
             with_state=flag("return_state", options.get("return_state", False)),
+            sample=sampled_rows(call.sequences.length, ((0, 0, call.sequences.length),)),
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.families.mlstm_weights import BLOCK, Part, log_weights
+from attnproof.properties.families.state_layout import LONGEST
 
 if TYPE_CHECKING:
     from attnproof.properties.families.mlstm import MLSTMProblem
@@ -70,8 +71,8 @@ class Rows(Generic[V]):
     def sums(self, a: Arithmetic[V]) -> tuple[V, V]:
         """Σ P v and Σ P."""
         return (
-            summed(a, [a.matmul(tile.p, self.values(a, tile)) for tile in self.tiles]),
-            summed(a, [a.sum(tile.p) for tile in self.tiles]),
+            summed(a, [_product(a, tile.p, self.values(a, tile)) for tile in self.tiles]),
+            summed(a, [_total(a, tile.p) for tile in self.tiles]),
         )
 
     def bound(self, a: Arithmetic[V]) -> tuple[V, V]:
@@ -92,7 +93,7 @@ class Rows(Generic[V]):
     def absolute_output(self, a: Arithmetic[V]) -> V:
         """Σ |P||v| over the denominator."""
         sizes = [
-            a.matmul(_absolute(a, tile.p), a.exact(self.problem.v[:, :, tile.start : tile.stop].abs()))
+            _product(a, _absolute(a, tile.p), a.exact(self.problem.v[:, :, tile.start : tile.stop].abs()))
             for tile in self.tiles
         ]
         total = self.sums(a)[1]
@@ -105,6 +106,26 @@ def summed(a: Arithmetic[V], terms: Sequence[V]) -> V:
     for term in terms[1:]:
         total = a.add(total, term)
     return total
+
+
+def _product(a: Arithmetic[V], left: V, right: V) -> V:
+    """(…, R, C) × (…, C, X); many columns in blocks, so that the radius does not grow with their number."""
+    batch, heads, rows, columns = a.shape(left)
+    if columns <= LONGEST:
+        return a.matmul(left, right)
+    count, width = columns // BLOCK, a.shape(right)[-1]
+    left = a.permute(a.reshape(left, (batch, heads, rows, count, BLOCK)), (0, 1, 3, 2, 4))
+    terms = a.matmul(left, a.reshape(right, (batch, heads, count, BLOCK, width)))
+    return a.reshape(a.sum(a.permute(terms, (0, 1, 3, 4, 2))), (batch, heads, rows, width))
+
+
+def _total(a: Arithmetic[V], x: V) -> V:
+    """The sum over the last axis, likewise."""
+    *shape, columns = a.shape(x)
+    if columns <= LONGEST:
+        return a.sum(x)
+    parts = a.reshape(a.sum(a.reshape(x, (*shape, columns // BLOCK, BLOCK))), (*shape, columns // BLOCK))
+    return a.sum(parts)
 
 
 def placed(a: Arithmetic[V], x: V, first: int, length: int) -> V:
@@ -136,8 +157,8 @@ def final_state(a: Arithmetic[V], problem: MLSTMProblem, *, absolute: bool = Fal
         k, v = (x[:, :, part.start : part.stop] for x in (problem.k, problem.v))
         k, v = (k.abs(), v.abs()) if absolute else (k, v)
         written = a.mul(a.transpose(a.exact(k)), e)
-        states.append(a.matmul(written, a.exact(v)))
-        keys.append(a.sum(written))
+        states.append(_product(a, written, a.exact(v)))
+        keys.append(_total(a, written))
     return {
         "state": summed(a, states),
         "n": a.reshape(summed(a, keys), problem.shape("n")),

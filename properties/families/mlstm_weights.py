@@ -51,10 +51,21 @@ class Part(Generic[V]):
     seen: torch.Tensor
 
 
-def blocks(length: int) -> Iterator[tuple[int, int]]:
-    """(first row, end) of every block of rows."""
-    for start in range(0, length, BLOCK):
-        yield start, min(start + BLOCK, length)
+def blocks(length: int, rows: torch.Tensor | None = None) -> Iterator[tuple[int, int]]:
+    """(first row, end) of every block of rows, or of runs of ``rows`` (int64, rising) inside of blocks."""
+    if rows is None:
+        for start in range(0, length, BLOCK):
+            yield start, min(start + BLOCK, length)
+        return
+    first = stop = -1
+    for row in rows.tolist():
+        if row != stop or row % BLOCK == 0:
+            if stop >= 0:
+                yield first, stop
+            first = row
+        stop = row + 1
+    if stop >= 0:
+        yield first, stop
 
 
 def log_forget(a: Arithmetic[V], f: torch.Tensor) -> V:

@@ -27,29 +27,26 @@ from typing import Generic
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, V
+from attnproof.properties.families.state_layout import grouping
+from attnproof.properties.families.state_scan import Scan, decayed
 
-__all__ = ["Blocks", "Decays", "Operands", "StateGradients", "Whole", "block_length", "in_blocks"]
-
-# Positions in a block: with a decay for each channel it costs n² exponentials a channel, else one matrix.
-# Few long blocks make fewer pairs of blocks where there are many positions.
-CHANNEL_BLOCK, HEAD_BLOCK = 16, 64
-LONG, LONG_BLOCK = 1024, 32
+__all__ = ["Blocks", "Decays", "Operands", "StateGradients", "Whole", "Writes"]
 
 
-def block_length(length: int, width: int) -> int:
-    """Positions in a block for N = ``length`` and ``width`` decays a position."""
-    if width == 1:
-        return max(min(length, HEAD_BLOCK), 1)
-    return LONG_BLOCK if length >= LONG else max(min(length, CHANNEL_BLOCK), 1)
+@dataclass(frozen=True, eq=False)
+class Writes(Generic[V]):
+    """What is written, in blocks.
 
+    Attributes:
+        k: (B, H, C, n, F), after the feature map; v: (B, H, C, n, E); 0 after the end of a block.
+        gates: (B, H, C, n, W) log decays, finite and ≤ 0; None where all are 0.
+        resets: bool (B, H, C, n, W), positions whose decay is 0, where the gates are 0.
+    """
 
-def in_blocks(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, H, N, X) as (B, H, C, n, X), n = ``size``, with zeros after the end."""
-    batch, heads, length, width = tensor.shape
-    count = -(-length // size)
-    padded = tensor.new_zeros(batch, heads, count * size, width)
-    padded[:, :, :length] = tensor
-    return padded.reshape(batch, heads, count, size, width)
+    k: V
+    v: V
+    gates: V | None
+    resets: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,82 +54,51 @@ class Decays(Generic[V]):
     """The decays of one call; W is 1 or one for each channel of the key.
 
     Attributes:
-        prefix, suffix: (B, H, C, n, W), from the start of the block to the read of a position, and from its
-            write to the block's end.
-        pairs: (B, H, C, n, n, W), from the write of the second position to the read of the first; 0 where
+        prefix: (B, H, R, m, W), from the start of a block of reads to the read of a position.
+        pairs: (B, H, R, m, m, W), from the write of the second position to the read of the first; 0 where
             the first does not see the second.
-        block: (B, H, C, 1, W), from the start of a block to its end.
-        between: (B, H, W, C, C), from the end of the second block to the start of the first; 0 from later
-            ones.
-        first, last: (B, H, W, C, 1), from the initial state to each block's start, from each block's end
-            to the final state; whole: (B, H, W, 1, 1), from the initial state to the final one.
+        suffix: (B, H, C, n, W), from the write of a position to the end of its block of writes.
+        block: (B, H, C, 1, W), from the start of such a block to its end.
+        scan: from block to block.
     """
 
     prefix: V
-    suffix: V
     pairs: V
+    suffix: V
     block: V
-    between: V
-    first: V
-    last: V
-    whole: V
+    scan: Scan[V]
     gated: bool
 
     @classmethod
-    def of(
-        cls, a: Arithmetic[V], gates: V | None, resets: torch.Tensor, *, exclusive: bool = False
-    ) -> Decays[V]:
-        """The decays of log decays ``gates`` (B, H, C, n, W), finite and ≤ 0; None where all are 0.
+    def of(cls, a: Arithmetic[V], near: Writes[V], far: Writes[V], *, exclusive: bool = False) -> Decays[V]:
+        """The decays between positions.
 
         Args:
             a: the arithmetic.
-            gates: log decays, 0 where ``resets`` holds.
-            resets: bool (B, H, C, n, W), positions whose decay is 0.
+            near: of the blocks whose rows are read.
+            far: of the blocks that carry the state.
             exclusive: whether a read comes before its own position's decay.
         """
-        batch, heads, count, size, width = resets.shape
+        batch, heads, blocks, size, width = near.resets.shape
         t = torch.arange(size)
-        own = t[None] < t[:, None] if exclusive else t[None] <= t[:, None]
+        seen = t[None] < t[:, None] if exclusive else t[None] <= t[:, None]
         after = t[None] > t[:, None]
         # [i, j, r]: gate r lies between the write of j and the read of i.
-        crossed = (own[:, None, :] & after[None, :, :]).reshape(size * size, size)
-        seen = t[None] < t[:, None] if exclusive else t[None] <= t[:, None]
-        zero = resets.double()
-
-        def decayed(gate: V | None, reset: torch.Tensor, chosen: torch.Tensor, keep: torch.Tensor) -> V:
-            """e to the sum of the chosen gates, (…, R, r) over the axis before the last; (…, R, W)."""
-            select = chosen.double()
-            keep = keep & (select @ reset == 0)
-            if gate is None:
-                return a.exact(keep.double())
-            exponents = a.matmul(a.exact(select), gate)
-            return a.masked(a.exp(a.masked(exponents, keep)), keep)
-
+        crossed = (seen[:, None, :] & after[None, :, :]).reshape(size * size, size)
         every = torch.ones(1, 1, dtype=torch.bool)
-        c = torch.arange(count)
-        total = None if gates is None else a.permute(gates, (0, 1, 2, 4, 3))
-        total = None if total is None else a.reshape(a.sum(total), (batch, heads, count, width))
-        spent = zero.sum(3)  # how many decays of 0 a block has
-        blocks = ((c[None] < c[:, None])[:, None, :] & (c[None] > c[:, None])[None, :, :]).reshape(
-            count * count, count
-        )
-        before = (c[None] < c[:, None]).reshape(count * count, 1)
-
-        def by_channel(x: V, rows: int, columns: int) -> V:
-            """(B, H, R·C', W) as (B, H, W, R, C')."""
-            return a.permute(a.reshape(x, (batch, heads, rows, columns, width)), (0, 1, 4, 2, 3))
-
-        pairs = decayed(gates, zero, crossed, seen.reshape(size * size, 1))
+        zero = near.resets.double()
+        pairs = decayed(a, near.gates, zero, crossed, seen.reshape(size * size, 1))
+        t, spent = torch.arange(far.resets.shape[3]), far.resets.double()
+        count, totals = far.resets.shape[2], None
+        if far.gates is not None:
+            totals = a.reshape(a.sum(a.permute(far.gates, (0, 1, 2, 4, 3))), (batch, heads, count, width))
         return cls(
-            prefix=decayed(gates, zero, own, every),
-            suffix=decayed(gates, zero, after, every),
-            pairs=a.reshape(pairs, (batch, heads, count, size, size, width)),
-            block=decayed(gates, zero, t[None] >= 0, every),
-            between=by_channel(decayed(total, spent, blocks, before), count, count),
-            first=by_channel(decayed(total, spent, c[None] < c[:, None], every), count, 1),
-            last=by_channel(decayed(total, spent, c[None] > c[:, None], every), count, 1),
-            whole=by_channel(decayed(total, spent, c[None] >= 0, every), 1, 1),
-            gated=gates is not None,
+            prefix=decayed(a, near.gates, zero, seen, every),
+            pairs=a.reshape(pairs, (batch, heads, blocks, size, size, width)),
+            suffix=decayed(a, far.gates, spent, t[None] > t[:, None], every),
+            block=decayed(a, far.gates, spent, t[None] >= 0, every),
+            scan=Scan.of(a, totals, spent.sum(3), grouping(count)),
+            gated=far.gates is not None,
         )
 
 
@@ -153,37 +119,29 @@ class Blocks(Generic[V]):
 
     Args:
         a: the arithmetic.
-        q, k: (B, H, C, n, D), 0 after the end of the sequence; v: (B, H, C, n, E).
+        x: what the recurrence works on.
         decays: between positions.
-        initial: (B, H, D, E).
-        bonus: (H, D), the weight of a position's own key and value, which are then not part of the state
-            that it reads; None where a position reads its own write.
     """
 
-    def __init__(
-        self, a: Arithmetic[V], q: V, k: V, v: V, decays: Decays[V], initial: V, bonus: V | None = None
-    ) -> None:
-        self.a, self.q, self.k, self.v = a, q, k, v
-        self.decays, self.initial = decays, initial
-        self.batch, self.heads, self.count, self.size, self.width = a.shape(q)
-        self.values = a.shape(v)[-1]
+    def __init__(self, a: Arithmetic[V], x: Operands[V], decays: Decays[V]) -> None:
+        self.a, self.q, self.k, self.v = a, x.q, x.near.k, x.near.v
+        self.decays, self.chosen = decays, x.chosen
+        self.batch, self.heads, self.count, self.size, self.width = a.shape(self.q)
+        self.values = a.shape(self.v)[-1]
         self.channels = a.shape(decays.prefix)[-1]
-        self.bonus = None if bonus is None else a.reshape(bonus, (1, self.heads, 1, 1, self.width))
-        self.written = a.matmul(a.transpose(a.mul(k, decays.suffix)), v)  # (B, H, C, D, E)
-        blocks = self._by_channel(self.written)
-        kept = a.mul(decays.first, self._alone(initial))
-        entering = a.add(a.matmul(decays.between, blocks), kept)
-        self.entering = a.permute(entering, (0, 1, 3, 2, 4))  # (B, H, C, D, E)
-        final = a.add(a.matmul(a.transpose(decays.last), blocks), a.mul(decays.whole, self._alone(initial)))
-        self.final = a.reshape(final, (self.batch, self.heads, self.width, self.values))
+        self.bonus = None if x.bonus is None else a.reshape(x.bonus, (1, self.heads, 1, 1, self.width))
+        written = a.matmul(a.transpose(a.mul(x.far.k, decays.suffix)), x.far.v)
+        # (B, H, C, D, E), states before each block of writes, and (B, H, D, E)
+        self.carried, self.final = decays.scan.entering(written, x.initial)
+        self.entering = self._before_reads(self.carried)
 
-    def _by_channel(self, states: V) -> V:
-        """(B, H, C, D, E) as (B, H, D, C, E)."""
-        return self.a.permute(states, (0, 1, 3, 2, 4))
-
-    def _alone(self, state: V) -> V:
-        """(B, H, D, E) as (B, H, D, 1, E)."""
-        return self.a.reshape(state, (self.batch, self.heads, self.width, 1, self.values))
+    def _before_reads(self, states: V) -> V:
+        """Of states before blocks of writes those that blocks of reads begin with, (B, H, R, D, E)."""
+        if self.chosen is None:
+            return states
+        a, d, e = self.a, self.width, self.values
+        flat = a.reshape(states, (self.batch, self.heads, self.chosen.shape[1], d * e))
+        return self._shaped(a.matmul(a.exact(self.chosen), flat), d, e)
 
     def _shaped(self, x: V, *tail: int) -> V:
         return self.a.reshape(x, (self.batch, self.heads, self.count, *tail))
@@ -216,13 +174,14 @@ class Blocks(Generic[V]):
         return o
 
     def gradients(self, do: V, dfinal: V) -> StateGradients[V]:
-        """Gradients of Σ reads·do + Σ final·dfinal; do (B, H, C, n, E), dfinal (B, H, D, E)."""
+        """Gradients of Σ reads·do + Σ final·dfinal; do (B, H, C, n, E), dfinal (B, H, D, E).
+
+        Of calls in which every row is read.
+        """
+        assert self.chosen is None
         a, decays = self.a, self.decays
         asked = a.matmul(a.transpose(a.mul(self.q, decays.prefix)), do)  # (B, H, C, D, E), of entering states
-        blocks, last = self._by_channel(asked), self._alone(dfinal)
-        after = a.add(a.matmul(a.transpose(decays.between), blocks), a.mul(decays.last, last))
-        leaving = a.permute(after, (0, 1, 3, 2, 4))  # cotangents of the states at the blocks' ends
-        initial = a.add(a.matmul(a.transpose(decays.first), blocks), a.mul(decays.whole, last))
+        leaving, initial = decays.scan.leaving(asked, dfinal)
         inner = a.matmul(do, a.transpose(self.v))  # (B, H, C, n, n), dO_i·v_j
         far_q = a.mul(decays.prefix, a.matmul(do, a.transpose(self.entering)))
         far_k = a.mul(decays.suffix, a.matmul(self.v, a.transpose(leaving)))
@@ -242,8 +201,7 @@ class Blocks(Generic[V]):
         gates = None
         if decays.gated:
             gates = self._gates(a.mul(self.q, far_q), a.mul(self.k, far_k), crossing, leaving)
-        shape = (self.batch, self.heads, self.width, self.values)
-        return StateGradients(dq, dk, dv, gates, a.reshape(initial, shape), dbonus)
+        return StateGradients(dq, dk, dv, gates, initial, dbonus)
 
     def _near(self, inner: V) -> tuple[V, V, V]:
         """The parts of dq and dk from inside the blocks, and q_ic k_jc e^Δ dO_i·v_j (…, n·n, W)."""
@@ -287,10 +245,13 @@ class Whole(Generic[V]):
     Arguments, and what the methods give, as for :class:`Blocks`.
     """
 
-    def __init__(self, a: Arithmetic[V], q: V, k: V, v: V, initial: V) -> None:
-        self.a, self.shape = a, a.shape(q)
-        self.q, self.k, self.v = (self._rows(x) for x in (q, k, v))
-        self.final = a.add(a.matmul(a.transpose(self.k), self.v), initial)
+    def __init__(self, a: Arithmetic[V], x: Operands[V]) -> None:
+        self.a, self.shape = a, a.shape(x.q)
+        self.q, self.k, self.v = (self._rows(t) for t in (x.q, x.far.k, x.far.v))
+        written = a.matmul(a.transpose(x.far.k), x.far.v)  # (B, H, C, D, E)
+        # Block by block, so that no radius grows with the number of positions.
+        total = a.sum(a.permute(written, (0, 1, 3, 4, 2)))
+        self.final = a.add(a.reshape(total, a.shape(x.initial)), x.initial)
 
     def _rows(self, x: V) -> V:
         """(B, H, C, n, X) as (B, H, C·n, X)."""
@@ -323,24 +284,25 @@ class Operands(Generic[V]):
     """What the recurrence of one part of a call works on.
 
     Attributes:
-        q, k: (B, H, C, n, F), after the feature map; v: (B, H, C, n, E); 0 after the end.
-        gates: (B, H, C, n, W) or None; resets: bool, where the decay is 0.
-        initial: (B, H, F, E); bonus: (H, F) or None.
+        q: (B, H, R, m, F), after the feature map; 0 after the end.
+        near, far: what is written in the blocks that are read, and in those that carry the state.
+        initial: (B, H, F, E); bonus: (H, F), the weight of a position's own key and value, which are then not
+            part of the state that it reads; None where a position reads its own write.
+        chosen: float64 (R, C), with which block of ``far`` each of ``near`` begins; None where they are the
+            same.
         causal: whether a position reads what is written up to it, or everything.
     """
 
     q: V
-    k: V
-    v: V
-    gates: V | None
-    resets: torch.Tensor
+    near: Writes[V]
+    far: Writes[V]
     initial: V
     bonus: V | None
+    chosen: torch.Tensor | None
     causal: bool = True
 
     def blocks(self, a: Arithmetic[V]) -> Blocks[V] | Whole[V]:
         """The recurrence over ``a``."""
         if not self.causal:
-            return Whole(a, self.q, self.k, self.v, self.initial)
-        decays = Decays.of(a, self.gates, self.resets, exclusive=self.bonus is not None)
-        return Blocks(a, self.q, self.k, self.v, decays, self.initial, self.bonus)
+            return Whole(a, self)
+        return Blocks(a, self, Decays.of(a, self.near, self.far, exclusive=self.bonus is not None))

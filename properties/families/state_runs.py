@@ -19,7 +19,7 @@ from attnproof.properties.budgets.additive_state import (
 from attnproof.properties.budgets.float64 import Float64
 from attnproof.properties.budgets.propagation import Estimate, wider
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
-from attnproof.properties.families.state_blocks import Blocks, Decays, Operands, Whole
+from attnproof.properties.families.state_blocks import Blocks, Decays, Operands, Whole, Writes
 
 if TYPE_CHECKING:
     from attnproof.properties.families.additive_state import AdditiveStateProblem
@@ -72,22 +72,24 @@ class StateRuns:
         self, part: int | None, kind: Kind, errors: StepErrors
     ) -> Blocks[torch.Tensor] | Whole[torch.Tensor]:
         """The recurrence of one part on changed operands."""
-        a, operands = Float64(), self.problem.operands(Float64(), part)
+        a, p, operands = Float64(), self.problem, self.problem.operands(Float64(), part)
         operands = _changed(operands, _CHANGE[_POWER[kind]])
-        if _POWER[kind] == 2 and operands.gates is not None:
-            operands = replace(operands, gates=2.0 * operands.gates)
+        if _POWER[kind] == 2:
+            operands = _each_write(operands, _with_doubled_gates)
         if not operands.causal:
             # A term crosses as many positions as there are.
-            crossed = float(self.problem.q.shape[2]) * {"raised": errors.step, "crossed": _NUDGE}.get(
-                kind, 0.0
-            )
-            return replace(operands, k=operands.k * math.exp(min(crossed, 600.0))).blocks(a)
+            nudge = {"raised": errors.step, "crossed": _NUDGE}.get(kind, 0.0)
+            factor = math.exp(min(float(p.q.shape[2]) * nudge, 600.0))
+            return _each_write(operands, lambda x, _: replace(x, k=x.k * factor)).blocks(a)
         if kind in ("raised", "cancelled"):
-            return _raised(operands, errors, kind)
+            return _raised(p, part, operands, errors, kind)
         if kind == "crossed":
-            nudge = torch.full(operands.resets.shape, _NUDGE).double()
-            gates = nudge if operands.gates is None else operands.gates + nudge
-            operands = replace(operands, gates=gates)
+
+            def nudged(x: Writes[torch.Tensor], far: bool) -> Writes[torch.Tensor]:
+                more = _NUDGE * p.real(part, far=far).double().expand(x.resets.shape)
+                return replace(x, gates=more if x.gates is None else x.gates + more)
+
+            operands = _each_write(operands, nudged)
         return operands.blocks(a)
 
     @property
@@ -148,20 +150,32 @@ class StateRuns:
         a, p, r = Float64(), self.problem, self.r
         reads, finals = [], []
         for part in p.parts():
-            x = _changed(p.operands(a, part), torch.abs)
-            value = _along(x.v).cumsum(2)
-            written = (_along(x.k).sum(-1, keepdim=True) * _along(x.v)).cumsum(2)
-            initial = x.initial.sum(2, keepdim=True)
-            asked = _along(x.q).sum(-1, keepdim=True)
+            q, k, v = (p.part_of(part, x).double() for x in (p.q, p.k, p.v))
+            asked = p.mapped(a, q).abs().sum(-1, keepdim=True)
+            value = v.abs().cumsum(2)
+            written = (p.mapped(a, k).abs().sum(-1, keepdim=True) * v.abs()).cumsum(2)
+            start = self._initial(part).abs()
+            initial = start.sum(2, keepdim=True)
+            last, total = (
+                x[:, :, -1:] if x.shape[2] else torch.zeros_like(initial) for x in (value, written)
+            )
+            if not p.causal:
+                value, written = last.expand(value.shape), total.expand(value.shape)
             lost = max(r.operand_tiny, r.probabilities_tiny) * (written + initial + (1.0 + asked) * value)
-            lost = lost + (r.probabilities_tiny + r.accumulate_tiny) * asked * (written + initial)
-            reads.append(_back(lost, x.v))
-            last = value[:, :, -1:] if value.shape[2] else torch.zeros_like(initial)
-            total = written[:, :, -1:] if value.shape[2] else torch.zeros_like(initial)
+            reads.append(lost + (r.probabilities_tiny + r.accumulate_tiny) * asked * (written + initial))
             bound = r.operand_tiny * last + (r.probabilities_tiny + r.accumulate_tiny) * (total + initial)
-            finals.append(bound.expand(x.initial.shape))
-        rows = p.rows_joined(a, reads)
+            finals.append(bound.expand(start.shape))
+        rows = p.sequences.joined(reads, p.v.double()) if p.sequences.packed else reads[0]
         return max(abs(p.scale), 1.0) * rows, p.states_joined(a, finals)
+
+    def _initial(self, part: int | None) -> torch.Tensor:
+        """The state before a part, (B, H, F, E)."""
+        p = self.problem
+        if p.initial_state is not None:
+            return p.states_of(part, p.initial_state).double()
+        batch, heads = p.q.shape[:2]
+        shape = (batch if part is None else 1, heads, p.features, p.v.shape[3])
+        return torch.zeros(shape, dtype=torch.float64)
 
     def _gradient_underflow(self, found: Mapping[str, object]) -> dict[str, torch.Tensor]:
         """The same for gradients, where factors are sums over a whole sequence."""
@@ -216,21 +230,21 @@ class StateRuns:
         a, p, r = Float64(), self.problem, self.r
         masks = []
         for part in p.parts():
-            x = _changed(p.operands(a, part), torch.abs)
-            blocks = x.blocks(a)
-            inside = x.k.mT @ x.v
+            x, layout = _changed(p.operands(a, part), torch.abs), p.layout(part)
+            blocks, limit = x.blocks(a), r.storage("operand")[2] / 2.0
             if isinstance(blocks, Blocks):
-                inside = inside + blocks.entering
+                inside = x.far.k.mT @ x.far.v + blocks.carried
+                high = (inside >= limit).any(-2).double()
+                high = high.cummax(2).values if high.numel() else high
+                rows = layout.along(high[:, :, :, None].expand(x.far.v.shape)) > 0
             else:
-                inside = blocks.final[:, :, None].expand_as(inside)
-            high = (inside >= r.storage("operand")[2] / 2.0).any(-2)
-            high = high.cummax(2).values if high.numel() else high
-            reach = x.k.square().sum(-1).sqrt().flatten(2)
-            reach = reach.amax(-1)[:, :, None, None] if reach.numel() else reach.sum(-1)[:, :, None, None]
-            weight = x.q.square().sum(-1).sqrt() * reach * max(abs(p.scale), 1.0)
-            over = weight >= r.storage("probabilities")[2] / 2.0
-            masks.append((high[:, :, :, None, :] | over[..., None]).double())
-        return p.rows_joined(a, masks) > 0
+                rows = (blocks.final >= limit).any(-2)[:, :, None].expand(p.part_of(part, p.v).shape)
+            reach = x.far.k.square().sum(-1).sqrt().flatten(2)
+            reach = reach.amax(-1, keepdim=True) if reach.shape[2] else reach.sum(-1, keepdim=True)
+            asked = p.mapped(a, p.part_of(part, p.q).double()).square().sum(-1).sqrt()
+            over = asked * reach * max(abs(p.scale), 1.0) >= r.storage("probabilities")[2] / 2.0
+            masks.append(rows | over[..., None])
+        return p.sequences.joined(masks, p.v.bool()) if p.sequences.packed else masks[0]
 
 
 def _runs(kinds: Mapping[Kind, torch.Tensor]) -> Runs:
@@ -269,17 +283,20 @@ def _changed(
 ) -> Operands[torch.Tensor]:
     """Operands with all but the gates changed, element by element."""
     bonus = None if x.bonus is None else change(x.bonus)
-    return replace(x, q=change(x.q), k=change(x.k), v=change(x.v), initial=change(x.initial), bonus=bonus)
+    x = replace(x, q=change(x.q), initial=change(x.initial), bonus=bonus)
+    return _each_write(x, lambda writes, _: replace(writes, k=change(writes.k), v=change(writes.v)))
 
 
-def _along(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, C, n, X) as (B, H, C·n, X)."""
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
+def _each_write(
+    x: Operands[torch.Tensor], change: Callable[[Writes[torch.Tensor], bool], Writes[torch.Tensor]]
+) -> Operands[torch.Tensor]:
+    """Operands with what is written changed, in blocks that are read and that carry the state."""
+    near = change(x.near, False)
+    return replace(x, near=near, far=near if x.chosen is None else change(x.far, True))
 
 
-def _back(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B, H, C·n, X) in the blocks of ``like``."""
-    return x.reshape(*like.shape[:4], x.shape[-1])
+def _with_doubled_gates(x: Writes[torch.Tensor], _: bool) -> Writes[torch.Tensor]:
+    return x if x.gates is None else replace(x, gates=2.0 * x.gates)
 
 
 def _partial_sums(x: torch.Tensor) -> torch.Tensor:
@@ -288,23 +305,34 @@ def _partial_sums(x: torch.Tensor) -> torch.Tensor:
     return (sums.square() + x.flip(2).square()).cumsum(2).flip(2)
 
 
-def _raised(operands: Operands[torch.Tensor], errors: StepErrors, kind: Kind) -> Blocks[torch.Tensor]:
+def _raised(
+    p: AdditiveStateProblem,
+    part: int | None,
+    operands: Operands[torch.Tensor],
+    errors: StepErrors,
+    kind: Kind,
+) -> Blocks[torch.Tensor]:
     """The recurrence with every decay as large as a kernel may have it.
 
     For kind "cancelled", of squares and with the weights that :class:`Runs` names.
     """
-    a, like = Float64(), operands.resets
-    gates = torch.zeros(like.shape).double() if operands.gates is None else operands.gates.expand(like.shape)
-    worse = GateErrors.of(_along(gates), errors)
-    exclusive = operands.bonus is not None
-    own = 1.0
+    a, layout = Float64(), p.layout(part)
+    gates = torch.zeros(p.part_of(part, p.resets).shape, dtype=torch.float64)
+    if p.g is not None:
+        gates = gates + p.log_decays(a, p.part_of(part, p.g)[:, :, None])[:, :, 0]
+    own, power = 1.0, _POWER[kind]
+    worse = GateErrors.of(power * gates, errors)
     if kind == "cancelled":
         # Gates are doubled here, and with them their sums.
-        worse, own = replace(worse, raised=_along(gates), before=(worse.sums / 2.0).square()), 0.0
-    decays = Decays.of(a, _back(worse.raised, like), like, exclusive=exclusive)
-    before = _back(worse.before, like)
-    crossing = ~torch.eye(like.shape[3], dtype=torch.bool)[:, :, None]
+        worse, own = replace(worse, raised=power * gates, before=(worse.sums / power).square()), 0.0
+
+    def raised(x: Writes[torch.Tensor], far: bool) -> Writes[torch.Tensor]:
+        return replace(x, gates=layout.cut(worse.raised, far=far).masked_fill(x.resets, 0.0))
+
+    x = _each_write(operands, raised)
+    decays = Decays.of(a, x.near, x.far, exclusive=x.bonus is not None)
+    crossing = ~torch.eye(x.near.resets.shape[3], dtype=torch.bool)[:, :, None]
+    before = layout.cut(worse.before)
     pairs = decays.pairs * torch.where(crossing, before[:, :, :, None], own)
-    decays = replace(decays, pairs=pairs, suffix=decays.suffix * before)
-    initial = operands.initial * own
-    return Blocks(a, operands.q, operands.k, operands.v, decays, initial, operands.bonus)
+    decays = replace(decays, pairs=pairs, suffix=decays.suffix * layout.cut(worse.before, far=True))
+    return Blocks(a, replace(x, initial=x.initial * own), decays)

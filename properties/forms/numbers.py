@@ -1,23 +1,65 @@
-"""Numbers for the forms: random rationals, Gaussian numbers, dual numbers, numbers that count operations."""
+"""Numbers for the forms: random rationals, Gaussian and dual numbers, numbers that count or hold degrees."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import flint
 import numpy as np
 
 from attnproof.properties.forms.base import Array, each
 
-__all__ = ["Counted", "Dual", "Gaussian", "Tally", "counted", "rationals", "slopes"]
+__all__ = [
+    "GENERIC_BITS",
+    "Counted",
+    "Degree",
+    "Dual",
+    "Gaussian",
+    "Tally",
+    "counted",
+    "generic",
+    "rationals",
+    "slopes",
+]
+
+GENERIC_BITS: Final = 96
+"""Each entry of a generic point is drawn from 2 to this power values, or more."""
 
 
 def rationals(
+    rng: np.random.Generator,
+    *shape: int,
+    low: int = -12,
+    high: int = 12,
+    denominator: int = 7,
+    bits: int = 0,
+) -> Array:
+    """Random fmpq between low/denominator and high/denominator.
+
+    Args:
+        bits: 0: numerators are the integers low … high, which can be redone by hand. Else a multiple of 8:
+            numerators are the (high − low)·2^bits multiples of 2^−bits from low to below high.
+    """
+    if not bits:
+        return each(lambda x: flint.fmpq(int(x), denominator), rng.integers(low, high + 1, shape))
+
+    def finer(x: Any) -> flint.fmpq:
+        part = int.from_bytes(rng.bytes(bits // 8), "little")
+        return flint.fmpq((int(x) << bits) + part, denominator << bits)
+
+    return each(finer, rng.integers(low, high, shape))
+
+
+def generic(
     rng: np.random.Generator, *shape: int, low: int = -12, high: int = 12, denominator: int = 7
 ) -> Array:
-    """Random fmpq, the integers low … high over ``denominator``."""
-    return each(lambda x: flint.fmpq(int(x), denominator), rng.integers(low, high + 1, shape))
+    """:func:`rationals` on which identities are tested, from :data:`GENERIC_BITS` bits.
+
+    A polynomial of degree d that is not 0 vanishes at such a point with probability at most d/2^96
+    (Schwartz–Zippel), so a false identity of rational functions all but never passes.
+    """
+    return rationals(rng, *shape, low=low, high=high, denominator=denominator, bits=GENERIC_BITS)
 
 
 class _Number:
@@ -151,3 +193,29 @@ class Counted(_Number):
 def counted(tally: Tally, *shape: int) -> Array:
     """An array of numbers that count on ``tally``."""
     return each(lambda _: Counted(tally), np.empty(shape, dtype=object))
+
+
+@dataclass(frozen=True)
+class Degree(_Number):
+    """Bounds on the degrees of a quotient of polynomials, brought to common denominators as they come.
+
+    A form run over these gives the degree that :func:`generic`'s probability needs. Numbers are constants.
+    """
+
+    numerator: int = 0
+    denominator: int = 0
+
+    @classmethod
+    def of(cls, x: Any) -> Degree:
+        """x itself, or a constant's degrees."""
+        return x if isinstance(x, cls) else cls()
+
+    def plus(self, other: Degree) -> Degree:
+        ends = (self.numerator + other.denominator, other.numerator + self.denominator)
+        return Degree(max(ends), self.denominator + other.denominator)
+
+    def times(self, other: Degree) -> Degree:
+        return Degree(self.numerator + other.numerator, self.denominator + other.denominator)
+
+    def over(self, other: Degree) -> Degree:
+        return self.times(Degree(other.denominator, other.numerator))

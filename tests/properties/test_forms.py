@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from attnproof.properties.claims.equal_forms import DEGREE_BITS, LENGTH
 from attnproof.properties.forms import delta, gated, gradients, growth, linear, mlstm, parameterisations
 from attnproof.properties.forms.base import (
     chunks,
@@ -19,7 +20,18 @@ from attnproof.properties.forms.base import (
     products_up_to,
     segments,
 )
-from attnproof.properties.forms.numbers import Counted, Dual, Gaussian, Tally, counted, rationals, slopes
+from attnproof.properties.forms.numbers import (
+    GENERIC_BITS,
+    Counted,
+    Degree,
+    Dual,
+    Gaussian,
+    Tally,
+    counted,
+    generic,
+    rationals,
+    slopes,
+)
 
 N, D, E = 11, 3, 2
 RNG = np.random.default_rng(5)
@@ -294,3 +306,45 @@ def test_decays_by_logarithms_are_the_gated_form() -> None:
     exact = gated.recurrent(q, k, v, gated.gates(np.exp(g)))[0]
     for chunk in (1, 7, 20, 50):
         assert abs(growth.by_logarithms(q, k, v, g, chunk=chunk) - exact).max() < 1e-13
+
+
+def test_generic_numbers_stay_in_their_range_and_differ() -> None:
+    x = generic(np.random.default_rng(1), 40, 5, low=1, high=8, denominator=9)
+    assert all(flint.fmpq(1, 9) <= entry < flint.fmpq(8, 9) for entry in x.flat)
+    assert len(set(x.flat)) == x.size
+    assert all((entry * 9 * 2**GENERIC_BITS).q == 1 for entry in x.flat)
+    # Numerators of all sizes: their lowest bits are as random as their highest.
+    assert 60 < sum(int((entry * 9 * 2**GENERIC_BITS).p) % 2 for entry in x.flat) < 140
+    assert (generic(np.random.default_rng(1), 3) == generic(np.random.default_rng(1), 3)).all()
+
+
+def test_degrees_by_hand_and_against_polynomials() -> None:
+    x = Degree(1)
+    assert 3 * x * x - x / 2 + 1 == Degree(2)
+    assert x / (x + 1) + 1 / x == Degree(2, 2)
+    t = flint.fmpq_poly([0, 1])
+    assert (t * (t + 1) * t).degree() == (x * (x + 1) * x).numerator
+
+
+def _of_degree_one(*shape: int):
+    return each(lambda _: Degree(1), np.empty(shape, dtype=object))
+
+
+def test_degrees_of_the_compared_forms() -> None:
+    """Forms a/b and c/d differ by (ad − cb)/(bd), of a degree that the ledger says is below 2^16."""
+    q, k, v, alpha, beta = (_of_degree_one(LENGTH, width) for width in (2, 2, 2, 2, 1))
+    state = _of_degree_one(2, 2)
+    found = [
+        linear.recurrent(q, k, v, normalize=True)[0],
+        gated.recurrent(q, k, v, gated.gates(alpha), state)[0],
+        gated.chunkwise(q, k, v, alpha, alpha, state, chunk=16, block=4)[0],
+        gated.factored(q, k, v, alpha, alpha),
+        delta.recurrent(q, k, v, beta[:, 0], alpha, state)[0],
+        delta.chunkwise(q, k, v, beta[:, 0], alpha, state, chunk=16)[0],
+        delta.chunkwise(q, k, v, beta[:, 0], None, state, chunk=LENGTH)[0],
+        delta.parallel(q, k, v, beta[:, 0], alpha, state)[0],
+    ]
+    sizes = [max(x.numerator for x in o.flat) + max(x.denominator for x in o.flat) for o in found]
+    # qᵀΣkvᵀ over qᵀΣk; a gate a position, with the state and the query.
+    assert sizes[:2] == [3 + 2, LENGTH + 2]
+    assert 2 * max(sizes) < 2**DEGREE_BITS, sizes

@@ -62,7 +62,7 @@ def linear_forms() -> Iterator[Form]:
     calls += [(linear.with_chunk(16), "elu1", 1, True)]
     products = [(linear.attention, name, 1, True) for name in ("taylor", "squared")]
     for entry, name, norm, causal in calls + products:
-        words = (entry.__name__, name, "normalised" if norm else "", "" if causal else "not causal")  # type: ignore[attr-defined]
+        words = (entry.__name__, name, "normalised" if norm else "", "" if causal else "not causal")
         options = (
             ("feature_map", name),
             ("normalize", bool(norm)),

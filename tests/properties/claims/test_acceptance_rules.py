@@ -10,10 +10,14 @@ import torch
 from attnproof.properties.claims.acceptance_rules import (
     allclose,
     constant_within,
+    flash_limit,
     hidden_rows,
     mean_of_values,
+    own_key_missing,
+    probe,
     relative_rms,
     warns_only,
+    zeros_accepted,
 )
 
 
@@ -60,3 +64,32 @@ def test_the_mean_is_told_from_attention_where_weights_differ() -> None:
     found = mean_of_values((64, 256), rule, spread=20.0)
     assert found.status == "REFUTED"
     assert min(found.table["largest error of the mean of V"]) > 0.05
+
+
+def test_the_probe_by_hand() -> None:
+    tenth = torch.tensor(0.3).bfloat16()
+    x = torch.tensor([0.0, 2.0**-11, -(2.0**-11), 0.0078125, 0.05]).bfloat16()
+    # 0.3 is 154/512 in bfloat16, whose numbers from 1/4 to 1/2 are multiples of 1/512: 2⁻¹¹ is a quarter of
+    # that and lost, 2⁻⁷ is four of them and kept, 0.05 is 0.050048828125 = 25.625/512 and goes to 26.
+    assert probe(x, tenth).tolist() == [0.0, 2.0**-11, 2.0**-11, 0.0, 0.375 / 512]
+
+
+def test_the_flash_limit_is_the_rule_of_its_tests() -> None:
+    expected = torch.tensor([1.0, 0.25]).bfloat16()
+    same = torch.tensor([1.0078125, 0.25]).bfloat16()
+    own = 2.0 * float(probe(expected, torch.tensor(0.3)).max())
+    assert flash_limit(same, expected) == pytest.approx(2.0 / 128 + own)
+    assert flash_limit(same, expected, factor=3.0) == pytest.approx(3.0 / 128 + own)
+
+
+def test_a_missing_key_shows_in_the_first_rows() -> None:
+    assert own_key_missing((64,)).status == "REFUTED"
+    assert own_key_missing((64, 8192)).status == "CONDITIONAL"
+
+
+def test_sizes_up_to_which_zeros_pass() -> None:
+    assert zeros_accepted(2.0**-11).status == "HOLDS"
+    found = zeros_accepted(2.0**-10)
+    # With 0.3 in bfloat16 all sizes pass; in float32 0.3 is 153.6/512, and ±0.00098 moves to 154 and 153.
+    assert found.table["rejected"][0] == 0
+    assert found.table["rejected"][1] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import flint
+import mpmath
 import numpy as np
 import pytest
 
@@ -159,7 +160,23 @@ def test_a_float32_key_that_is_too_long_by_hand() -> None:
     norm = np.sqrt(np.float32(17))
     assert (Fraction(float(np.float32(1) / norm)), Fraction(float(np.float32(4) / norm))) == (x, y)
     assert x * x + y * y > 1
-    assert f"({x}, {y})" in delta.float_contraction().counterexample
+    told = delta.float_contraction().counterexample
+    assert f"({x}, {y})" in told
+    # Rounded once, from more digits than a float64 has, the key is too short.
+    with mpmath.workdps(40):
+        scale = 2**26
+        once = [Fraction(c * int(mpmath.nint(scale / mpmath.sqrt(17))), scale) for c in (1, 4)]
+    assert once[0] == x - Fraction(1, 2**26)
+    assert once[0] ** 2 + once[1] ** 2 < 1
+    assert f"({once[0]}, {once[1]})" in told
+
+
+def test_condition_numbers_of_equal_keys_by_the_proof() -> None:
+    n = 5
+    matrix = np.eye(n) + 2 * np.tril(np.ones((n, n)), -1)
+    inverse = np.linalg.inv(matrix)
+    assert abs(inverse[np.tril_indices(n, -1)]) == pytest.approx(2)
+    assert np.linalg.cond(matrix, np.inf) == pytest.approx((2 * n - 1) ** 2)
 
 
 def test_eigenvalues_against_numpy() -> None:

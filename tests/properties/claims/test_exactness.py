@@ -57,6 +57,26 @@ def test_families_that_differ_are_told() -> None:
     assert finding.table["rational"] == [True]
 
 
+def test_forms_of_late_gates_differ_and_are_rational() -> None:
+    finding = exactness.rational_families({"late": exactness._late})
+    assert (finding.status, finding.table["rational"], finding.table["equal"]) == ("REFUTED", [True], [False])
+    assert exactness.rational_families({"floats": lambda _: [np.array([0.5, 0.25])] * 2}).status == "REFUTED"
+
+
+def test_an_allowance_below_the_proved_one_is_not_proved() -> None:
+    def less(*row):
+        return 0.99 * summation_orders._gamma(*row)
+
+    assert summation_orders.order_spread(2, 8).status == "HOLDS"
+    assert summation_orders.order_spread(2, 8, less).status == "SUPPORTED"
+
+
+def test_every_property_of_attention_has_its_proof() -> None:
+    assert list(invariances.PROOFS) == list(invariances.PROPERTIES)
+    assert "For all: " in invariances.held("a", invariances.attention, 3).evidence
+    assert "For all: " not in invariances.held("c", invariances.sigmoid, 3).evidence
+
+
 def test_perturbation_of_two_groups() -> None:
     """e^ε = 2: 1/3 becomes 2/3, a change of tanh(log(2)/2) = 1/3."""
     assert exactness.sharpness()

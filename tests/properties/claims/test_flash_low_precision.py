@@ -125,8 +125,10 @@ def test_where_accumulators_are_rounded_decides() -> None:
 def test_gap_and_forward_of_float8() -> None:
     assert float(float8_underflow.gap().mid()) == pytest.approx(6.931471805599453, abs=1e-12)
     s = np.array([[0.0, -6.93, -6.94, -8.0]])
-    out, lost = float8_underflow.forward(s, np.ones_like(s), 1, reverse=False, block=4)
-    assert lost == 0.5
+    out, lost, elsewhere = float8_underflow.forward(s, np.ones_like(s), 1, reverse=False, block=4)
+    assert (lost, elsewhere) == (0.5, 0.0)
+    # In blocks of 2 the second block's two keys, of which −6.94 and −8 vanish, stand elsewhere.
+    assert float8_underflow.forward(s, np.ones_like(s), 1, reverse=False, block=2)[2] == 0.5
     assert out[0] == pytest.approx((1 + 2**-9) / np.exp(s).sum(), rel=1e-12)
     assert float8_underflow.forward(s, np.ones_like(s), 256, reverse=False)[1] == 0.0
     assert float8_underflow.normal(1.0) == pytest.approx(0.8413447460685429)
@@ -134,6 +136,15 @@ def test_gap_and_forward_of_float8() -> None:
 
 def test_a_formula_off_by_one_is_refuted() -> None:
     assert float8_underflow.fractions(24, shift=-1.0).status == "REFUTED"
+    # Within the tolerance of the mean sink, and not of each row's own.
+    small = float8_underflow.fractions(48, shift=0.1)
+    assert small.status == "REFUTED"
+
+
+def test_without_a_scale_keys_vanish_outside_the_sinks_block() -> None:
+    table = float8_underflow.fractions(24, heights=(10,)).table
+    assert table["in reverse, elsewhere"][1] == 0.0
+    assert 0.0 < table["in reverse"][1] < 0.01
 
 
 def test_mean_error_by_hand() -> None:
@@ -152,7 +163,21 @@ def test_bias_of_pairs_by_torch() -> None:
     error = ((sums + rest).bfloat16().float() - sums) * 32
     assert float(error.double().mean()) == 0.25
     assert float((sums.bfloat16().float() - sums).double().mean()) == 0.0
-    assert tied_maxima.bias_of_pairs(1).status == "HOLDS"
+    assert tied_maxima.bias_of_pairs().status == "HOLDS"
+
+
+def test_bias_by_signs_by_torch() -> None:
+    a = torch.arange(128, 256).double() / 64.0
+    means = {}
+    for first, second in ((1, 1), (-1, -1), (1, -1)):
+        sums = first * a[:, None] + second * a[None, :]
+        # The rest opposes the sum and is far below half a unit; a float32 holds the sum with it.
+        held = (sums - sums.sign() * 2.0**-16).float().bfloat16().double()
+        means[first, second] = float(((held - sums) * 32).mean())
+    assert means == {(1, 1): -0.25, (-1, -1): 0.25, (1, -1): 0.0}
+    table = tied_maxima.bias_by_signs().table
+    assert table["mean error, units"] == ["-1/4", "1/4", "0", "0", "0", "0"]
+    assert tied_maxima.bias_by_signs(follows=False).table["mean error, units"][1] == "-1/4"
 
 
 def test_weighted_pairs_by_torch() -> None:

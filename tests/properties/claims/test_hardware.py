@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnproof.properties.claims import hardware, reduction_order, tensor_cores
+from attnproof.properties.claims import hardware, reduction_order, tensor_core_sums, tensor_cores
 from attnproof.properties.claims.base import Laboratory
 from attnproof.properties.claims.tensor_cores import AMPERE, FLOAT8, HOPPER, VOLTA
 
@@ -78,15 +78,45 @@ def test_sums_in_float64_are_the_exact_model() -> None:
     rng = np.random.default_rng(1)
     products = np.ldexp(rng.choice((-1.0, 1.0), (5, 96)), rng.integers(-12, 3, (5, 96)))
     for promote in (0, 32):
-        found = tensor_cores._sums(products, FLOAT8, promote)
+        found = tensor_core_sums.sums(products, FLOAT8, promote)
         for row, value in zip(products, found, strict=True):
             pairs = [(flint.fmpq(*float(x).as_integer_ratio()), flint.fmpq(1)) for x in row]
             due = tensor_cores.dot(FLOAT8, pairs, promote=promote)
             assert flint.fmpq(*float(value).as_integer_ratio()) == due
 
 
+def test_vectors_by_fractions() -> None:
+    for unit, c, count, power, due in tensor_cores.VECTORS:
+        products = [Fraction(2) ** power] * count
+        assert naive(Fraction(int(c.p), int(c.q)), products, unit.bits) == Fraction(int(due.p), int(due.q))
+
+
+def test_order_of_blocks_in_a_unit_that_keeps_all() -> None:
+    assert tensor_cores.blocks_commute(tensor_cores.Unit("23", 23, 4)).status == "REFUTED"
+    # 2⁻²³ beside the running 4 = 2²: 25 fractional bits keep it, 24 do not.
+    assert tensor_cores.blocks_commute(tensor_cores.Unit("25", 25, 4)).status == "HOLDS"
+    assert tensor_cores.blocks_commute(tensor_cores.Unit("24", 24, 4)).status == "REFUTED"
+
+
+def test_long_sums_lie_around_the_reported_error() -> None:
+    assert tensor_core_sums.long_sums(16).status == "SUPPORTED"
+    assert tensor_core_sums.long_sums(16, bits=16).status == "REFUTED"
+    assert tensor_core_sums.long_sums(16, bits=11).status == "REFUTED"
+
+
+def test_who_flushes_is_told() -> None:
+    kept = hardware.flushed(laboratory())
+    assert kept.status == "CONDITIONAL"
+    assert "does not flush" in kept.evidence
+    gone = hardware.flushed(
+        laboratory(ex2=lambda x: torch.where(x < -126, torch.zeros_like(x), torch.exp2(x)))
+    )
+    assert gone.status == "CONDITIONAL"
+    assert "flushes by itself" in gone.evidence
+
+
 def test_promotion_is_what_helps() -> None:
-    assert tensor_cores.long_sums(16, length=128).status == "REFUTED"
+    assert tensor_core_sums.long_sums(16, length=128).status == "REFUTED"
 
 
 def test_bounds_are_applied() -> None:

@@ -138,6 +138,10 @@ def test_merging_is_associative_and_rescaling_matters() -> None:
     assert sigmoid_blocks.merged(a, b)[1] == 1 + Fraction(1, 32)
     assert sigmoid_blocks.softmax_in_parts((2, 9), sigmoid_blocks.added).status == "OPEN"
     assert sigmoid_blocks.softmax_in_parts((2, 9)).status == "REFUTED"
+    # Means alone do not merge; with their masses, but without the maxima, they do not either.
+    for handed in (sigmoid_blocks.output, lambda state: state[1:]):
+        assert sigmoid_blocks.softmax_in_parts((2,), handed=handed).status == "HOLDS"
+    assert sigmoid_blocks.softmax_in_parts((2,), handed=lambda state: state[:2]).status == "REFUTED"
 
 
 # Norms

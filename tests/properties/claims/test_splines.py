@@ -385,3 +385,12 @@ def test_undecided_differences_are_open() -> None:
         return each(lambda e: flint.arb(e, 1e-3), RELU.weigh(scores, keep))
 
     assert spline_check.splines([case], Activation(weights=blurred)).status == "OPEN"
+
+
+def test_only_the_network_whose_pieces_are_found_is_drawn() -> None:
+    for found in (splines.softmax_is_cubic(splines.SOFTMAX), spline_layers.layer_normalisation(1)):
+        assert found.plots == ()
+        assert "of the network with ReLU and nothing after it" in found.evidence
+    for found in (splines.softmax_is_cubic(RELU), spline_layers.layer_normalisation(1, normalised=False)):
+        assert found.plots
+        assert "nothing after it" not in found.evidence

@@ -252,4 +252,16 @@ def test_the_law_of_eigenvalues_by_numpys_general_solver() -> None:
     assert np.allclose(found.real, -0.5)
     assert finding.table["largest Im λ"] == pytest.approx([math.sqrt(3) / 2, found.imag.max()])
     assert finding.table["by the law"][0] == pytest.approx(2 / math.pi)
-    assert s4d.eigenvalue_law((16, 64)).status == "CONDITIONAL"
+    both = s4d.eigenvalue_law((16, 64))
+    assert both.status == "CONDITIONAL"
+    assert f"N = 16, n = 3: {np.sort(found.imag)[::-1][3]:.6g}, " in both.counterexample
+
+
+def test_the_sum_at_minus_one_by_hand() -> None:
+    A, B, C = np.array([[-1.0, 0.0], [-1.0, -2.0]]), np.ones(2), np.array([4.0, -2.0]) / 7
+    told = generating_functions.literal_formula((2,)).counterexample
+    assert "A = (-1, 0; -1, -2), B = (1, 1), C = (4/7, -2/7), Δ = 1, L = 2" in told
+    left = np.linalg.inv(np.eye(2) - A / 2)
+    step, gain = left @ (np.eye(2) + A / 2), left @ B
+    assert C @ gain - C @ step @ gain == pytest.approx(2 / 21)
+    assert "the sum is 2/21" in told

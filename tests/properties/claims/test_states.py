@@ -73,7 +73,9 @@ def test_equality_names_what_differs() -> None:
     assert finding.status == "REFUTED"
     assert finding.evidence.endswith("differs in b, y: 0.5")
     assert finding.counterexample == "by hand"
-    assert equal_forms.equality(rows[:1], example="by hand").counterexample == ""
+    right = equal_forms.equality(rows[:1], example="by hand", remark="; as drawn")
+    assert right.counterexample == ""
+    assert right.evidence.endswith("a false one passes with probability below 2^-80; as drawn)")
 
 
 def shifted_after(factors):
