@@ -176,7 +176,7 @@ class Trial:
             return 0.0
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
         # By blocks of rows: all pairs of 65,536 positions would be 34 GB a head.
-        largest = max(float((rows @ k).abs().max()) for rows in q.split(_BLOCK, dim=2))
+        largest = max(float((rows @ k).abs().max()) for rows in torch.split(q, _BLOCK, dim=2))
         return largest * abs(float(self.inputs.options.get("scale", 1.0)))
 
     def _failures(self, name: str, got: torch.Tensor, found: Deviation) -> list[Failure]:

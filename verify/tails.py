@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import chi2  # type: ignore[import-untyped]
+from scipy.stats import chi2
 
 __all__ = ["PER_CASE", "Tail", "tail"]
 

@@ -38,6 +38,8 @@ USUAL = 64
 GAUGED = 16
 # A query pulled back so far has forgotten everything that is larger than no float32 number.
 _FORGOTTEN = 2.0**-300
+# Operands up to this multiple of a format's smallest normal number make products that may be subnormal.
+_NEAR_SUBNORMAL = 2.0**8
 _LARGEST_EXPONENT = 700.0
 
 
@@ -227,9 +229,11 @@ class DeltaErrors:
                     state_bound = torch.maximum(state_bound, state * more)
         lost_rows, lost_state = self._lost()
         value = torch.zeros_like(lanes.v)
+        tiny = self._subnormal()
+        of_o, of_state = spread[0] + tiny**2 / 12.0, spread[1] + tiny**2 / 12.0
         return {
-            "o": _estimate(value, o_bound, spread[0], lost_rows),
-            "state": _estimate(torch.zeros_like(lanes.initial), state_bound, spread[1], lost_state),
+            "o": _estimate(value, o_bound + tiny, of_o, lost_rows),
+            "state": _estimate(torch.zeros_like(lanes.initial), state_bound + tiny, of_state, lost_state),
         }
 
     def gradients(self, do: torch.Tensor, last: torch.Tensor) -> dict[str, Estimate]:
@@ -252,15 +256,35 @@ class DeltaErrors:
             if size == USUAL:
                 spreads = ChunkGradients(chunks, self.r, 2, do, last).errors()
         lost = self._lost()[0][:, -1, 0]
+        tiny = self._subnormal(do, last)
         return {
             name: _estimate(
                 torch.zeros_like(like),
-                bounds[name],
-                spreads[name],
+                bounds[name] + tiny,
+                spreads[name] + tiny**2 / 12.0,
                 lost.reshape(-1, *[1] * (like.dim() - 1)).expand_as(like),
             )
             for name, like in shapes.items()
         }
+
+    def _subnormal(self, *cotangents: torch.Tensor) -> float:
+        """What is lost where operands, or products of theirs, are subnormal; 0 where none can be.
+
+        Every product may lose the smallest number of its format, whatever its factors are, and each loss is
+        read through the others: t·N·(D + 8)·Π(1 + ‖x‖₁) over the operands. Crude, and only charged where all
+        of one operand is so small that rounding errors relative to it say nothing.
+        """
+        lanes, r = self.lanes, self.r
+        values = torch.cat([lanes.v, lanes.initial], 1)
+        groups = [x for x in (lanes.q, lanes.k, values, *cotangents[:1]) if x.numel()]
+        pairs = [(r.accumulate_tiny, r.elementwise), (r.operand_tiny, r.operand), r.storage("state")[1::-1]]
+        t, u = max((t, u) for t, u in pairs if u)
+        if not groups or min(float(x.abs().max()) for x in groups) > _NEAR_SUBNORMAL * t / u:
+            return 0.0
+        factor = float(lanes.k.shape[1] * (lanes.k.shape[2] + 8))
+        for x in (*groups, *(y for y in cotangents[1:] if y.numel())):
+            factor *= 1.0 + float(x.abs().sum(-1).max())
+        return t * factor * max(abs(lanes.scale), 1.0) * (1.0 + float(lanes.beta.abs().max()))
 
     def _products(self, chunks: Chunks) -> torch.Tensor:
         """Products of errors, over the first-order terms: each passes once more through M (L, 1, 1)."""

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
-from scipy.stats import t as student  # type: ignore[import-untyped]
+from scipy.integrate import solve_ivp
+from scipy.stats import t as student
 
 from attnproof.properties.claims.base import Claim, ClaimFinding, Plot
 

@@ -145,9 +145,13 @@ class StateRuns:
     def _underflow(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What operands, weights and exponentials lose where they are subnormal or flushed: o, and states.
 
-        Each is bounded by its format's smallest numbers times everything else in the term, not decayed.
+        Each is bounded by its format's smallest numbers times everything else in the term, not decayed. Where
+        products themselves are subnormal, each loses up to half the smallest number whatever its factors are:
+        those of keys and values, of states and decays at every position (all of them read by q), of q and the
+        state, of weights and values, and the scale.
         """
         a, p, r = Float64(), self.problem, self.r
+        held = max(r.operand_tiny, r.storage("state")[1])
         reads, finals = [], []
         for part in p.parts():
             q, k, v = (p.part_of(part, x).double() for x in (p.q, p.k, p.v))
@@ -161,9 +165,14 @@ class StateRuns:
             )
             if not p.causal:
                 value, written = last.expand(value.shape), total.expand(value.shape)
+            length = v.shape[2]
+            steps = torch.arange(1.0, length + 1.0, dtype=torch.float64)[:, None]
+            steps = 2.0 * (steps if p.causal else torch.full_like(steps, length)) + 2.0
             lost = max(r.operand_tiny, r.probabilities_tiny) * (written + initial + (1.0 + asked) * value)
+            lost = lost + held * asked + r.accumulate_tiny * ((1.0 + asked) * steps + p.features)
             reads.append(lost + (r.probabilities_tiny + r.accumulate_tiny) * asked * (written + initial))
             bound = r.operand_tiny * last + (r.probabilities_tiny + r.accumulate_tiny) * (total + initial)
+            bound = bound + r.accumulate_tiny * (2.0 * length + 2.0)
             finals.append(bound.expand(start.shape))
         rows = p.sequences.joined(reads, p.v.double()) if p.sequences.packed else reads[0]
         return max(abs(p.scale), 1.0) * rows, p.states_joined(a, finals)

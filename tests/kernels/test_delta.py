@@ -78,9 +78,14 @@ def test_packed_sequences(gate: str, chunk: int | None) -> None:
     assert_within(drawn(gate=gate, n=52, cuts=[0, 0, 17, 18, 52, 52]), chunk)
 
 
-@pytest.mark.parametrize(("d", "e", "chunk"), [(1, 1, None), (33, 40, 16)])
+# Above 32 channels in float32 and 64 in float16 the state is read row by row.
+@pytest.mark.parametrize(("d", "e", "chunk"), [(1, 1, None), (33, 40, 16), (50, 20, 16)])
 def test_widths(d: int, e: int, chunk: int | None) -> None:
     assert_within(drawn(torch.float16, "vector", b=2, h=1, n=35, d=d, e=e), chunk)
+
+
+def test_wide_states_in_half_precision() -> None:
+    assert_within(drawn(torch.float16, "vector", n=18, d=100, e=20), 16)
 
 
 def test_strides() -> None:
