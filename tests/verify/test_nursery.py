@@ -109,7 +109,9 @@ def reporter() -> Callable[[torch.Tensor], torch.Tensor]:
     return report
 
 
-def test_a_forked_worker_is_like_a_fresh_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_worker_is_like_a_fresh_one(
+    new: nursery._Nurseries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also in what the judge changed after the nursery had been started."""
     with Worker() as first:
         assert told(first, parent_of) != os.getpid()

@@ -137,7 +137,7 @@ def test_a_proof_is_never_traded_for_a_statistic(folder: Path) -> None:
         return judged if case == evidence.case and inputs is None else as_statistic(judged)
 
     # Nothing smaller is found, so that all of the time is spent.
-    assert shrink(evidence, statistics_only, deadline=soon(15.0), supports=Supports()) is evidence
+    assert shrink(evidence, statistics_only, deadline=soon(6.0), supports=Supports()) is evidence
 
 
 def test_a_statistical_failure_keeps_the_values_of_its_regime(folder: Path) -> None:
