@@ -182,7 +182,7 @@ COMPILED = {
         *("state_kernel", "output_kernel", "delta_kernel", "state_gradient_kernel", "gradient_kernel"),
     },
 }
-# Each family is compiled for one target here, all targets in turn; tests.quality.spills goes through them all.
+# Each family is compiled for one target here, in turn; tests.quality.spills goes through them all.
 ONE = ("gfx942", "sm_100", "sm_90", "sm_80", "gfx942", "sm_80")
 
 
