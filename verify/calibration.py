@@ -72,10 +72,10 @@ _ALGORITHMS = (
     *("triton_16_16", "triton_32_128", "triton_64_16", "triton_tf32", "two_pass"),
     *("online_logsumexp", "pairwise_logsumexp", "base_two_softmax_rows", "two_pass_softmax_rows"),
 )
-# Families without thresholds, held to their certain budgets alone: where keys are alike, chunkwise kernels of
+# Families without thresholds, held to their certain budgets alone. Where keys are alike, chunkwise kernels of
 # the delta rule err in half precision by up to 12 times the probable budget, which does not know how such
-# errors add.
-_CERTAIN_ONLY = ("delta",)
+# errors add; the others have too few judged cases for a fit.
+_CERTAIN_ONLY = tuple(STATE_FORMS)
 _SCORE_FAMILIES = ("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy")
 _SOFTMAX_GRADIENTS = ("attention_atomic", "autograd_attention", "stored_attention", "flash_attention")
 IMPLEMENTATIONS = (
@@ -144,7 +144,7 @@ _FEW_ERRORS = ("extreme", ANY_CLASS)
 _MARGIN = 1.5
 # So do outputs of kernels that compute their operands, whose errors (of a mean, say) all rows share.
 _COMPUTED = ("batch_normalised", "scaled_head")
-# Families with a state have some 2,000 cases so far, and recurrences and chunks that round other things.
+# Recurrences and chunks of families with a state round other things.
 _WIDER_MARGIN = 2.0
 
 
