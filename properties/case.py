@@ -21,7 +21,17 @@ from attnproof.properties.draw import Draw
 from attnproof.properties.signatures import COTANGENTS, FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import VIEWS, lay_out
 
-__all__ = ["OPTIONS", "SYMBOLS", "TENSORS", "Case", "CaseError", "Inputs", "case_states", "make_inputs"]
+__all__ = [
+    "APART",
+    "OPTIONS",
+    "SYMBOLS",
+    "TENSORS",
+    "Case",
+    "CaseError",
+    "Inputs",
+    "case_states",
+    "make_inputs",
+]
 
 SYMBOLS: dict[str, tuple[str, ...]] = {name: form.symbols for name, form in SIGNATURES.items()}
 """By family, the symbols of a case's shape, in the order of its text."""
@@ -41,12 +51,25 @@ _FLAGS = (
     "normalize",
     "initial_state",
     "return_state",
+    "complex",
+    "skip",
+    "z",
+    "delta_bias",
+    "delta_softplus",
 )
 # Options of a case that are no keyword of the call.
-_APART = ("causal_alignment", "cotangents", "gate")
+APART = ("causal_alignment", "cotangents", "gate", "complex", "skip")
+"""Options of a case that decide about tensors of the call, and are no keyword of it."""
+
+# Parameters that are pairs of a real and an imaginary part where the case is complex.
+_PAIRS = ("a", "b", "c", "state")
 # Options that are "off" where they are given, and then False in the call.
 _SWITCHED_OFF = ("variance",)
 _EPS = 2.0**-10
+_NORMALISERS = (("linear", "z"), ("prefix_scan", "u"), ("rwkv4", "b"))
+# Families whose final states have no cotangents; the latter have no gradients at all beside a state.
+_STATES_APART = ("mlstm", "prefix_scan", "rwkv4")
+_FORWARD_WITH_STATES = ("prefix_scan", "rwkv4")
 _BIAS = re.compile("[b1][h1][m1][n1]")
 
 
@@ -71,9 +94,11 @@ class Case:
             window for each head, ``band`` ≥ 0, ``feature_map`` one of
             :data:`attnproof.properties.signatures.FEATURE_MAPS`, ``normalize`` True, ``causal`` of linear
             attention "off", ``gate`` the shape of g, "head" (B, H, N) or "channel" (B, H, N, D),
-            ``initial_state`` and ``return_state`` True, ``cotangents`` the kind of those that gradients are
-            asked for (one of :data:`attnproof.properties.signatures.COTANGENTS`). Options that are False or
-            None are left out.
+            ``initial_state`` and ``return_state`` True, ``complex`` True where the parameters of a state
+            space are pairs of a real and an imaginary part, ``skip`` True where its skip terms are handed
+            over, ``z``, ``delta_bias`` and ``delta_softplus`` True, ``discretization`` "zoh", ``cotangents``
+            the kind of those that gradients are asked for (one of
+            :data:`attnproof.properties.signatures.COTANGENTS`). Options that are False or None are left out.
         view: a memory layout of :data:`attnproof.properties.views.VIEWS`.
         seed: ≥ 0.
 
@@ -134,11 +159,12 @@ class Case:
         """The axes of a positional tensor; None for one that the case does not hand over."""
         form = SIGNATURES[self.family]
         gate = self.option("gate")
-        if name in form.optional and gate is None:
+        if name in form.optional and self.option(form.optional[name]) is None:
             return None
         if name == "g" and gate is not None:
             return ("B", "H", "N", "D") if gate == "channel" else ("B", "H", "N")
-        return form.tensors[name]
+        axes = form.keywords[name] if name in form.keywords else form.tensors[name]
+        return (*axes, "2") if name in _PAIRS and self.option("complex") else axes
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -260,6 +286,8 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
             keywords[name] = _initial_states(case, draw, values)
         elif name in ("sinks", "beta") or (name == "bias" and isinstance(value, str)):
             keywords[name] = _parameter(name, case, draw, values)
+        elif name in SIGNATURES[case.family].keywords:
+            keywords[name] = _keyword_tensor(name, case, draw, values)
         elif name == "alibi_slopes":
             # 2^(−8h/H) for head h = 1 … H (Press et al. 2022).
             powers = np.arange(1, case["H"] + 1) * (-8.0 / case["H"])
@@ -268,7 +296,7 @@ def _keywords(case: Case, draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
             keywords[name] = torch.tensor([0, *np.cumsum(value)], dtype=torch.int32)
         elif value == "off":
             keywords[name] = False
-        elif name not in _APART:
+        elif name not in APART:
             keywords[name] = value
     return keywords
 
@@ -285,6 +313,14 @@ def _parameter(name: str, case: Case, draw: Draw, values: dict[str, Any]) -> tor
     return lay_out(_stored(np.broadcast_to(drawn, shape), case.torch_dtype), case.view, name)
 
 
+def _keyword_tensor(name: str, case: Case, draw: Draw, values: dict[str, Any]) -> torch.Tensor:
+    """A tensor with axes of its own that is passed by keyword; normal where the regime leaves it open."""
+    form = SIGNATURES[case.family]
+    shape = form.shape(form.keywords[name], case.sizes)
+    drawn = values[name] if name in values else draw.normal(name, *shape)
+    return lay_out(_stored(np.broadcast_to(drawn, shape), case.torch_dtype), case.view, name)
+
+
 def _initial_states(case: Case, draw: Draw, values: dict[str, Any]) -> Any:
     """The state handed to the call, float32 unless the inputs are float64; a tuple of two where it is."""
     wide = torch.float64 if case.dtype == "float64" else torch.float32
@@ -292,8 +328,8 @@ def _initial_states(case: Case, draw: Draw, values: dict[str, Any]) -> Any:
     for name, axes in case_states(case).items():
         shape = SIGNATURES[case.family].shape(axes, case.all_sizes)
         drawn = draw.normal(f"initial {name}", *shape)
-        # A normaliser is a sum of features, and those of the usual maps are positive.
-        drawn = np.abs(drawn) + 1.0 if name == "z" else drawn
+        # A normaliser is a sum of features or of exponentials, which are positive.
+        drawn = np.abs(drawn) + 1.0 if (case.family, name) in _NORMALISERS else drawn
         full = np.broadcast_to(values.get(f"initial_{name}", drawn), shape)
         made.append(lay_out(_stored(full, wide), case.view, f"initial_{name}"))
     return made[0] if len(made) == 1 else tuple(made)
@@ -302,19 +338,23 @@ def _initial_states(case: Case, draw: Draw, values: dict[str, Any]) -> Any:
 def case_states(case: Case) -> dict[str, tuple[str, ...]]:
     """The states of a call with their axes: linear attention has a second one only with a normaliser."""
     states = SIGNATURES[case.family].states
-    plain = case.family == "linear" and not case.option("normalize")
-    return {name: axes for name, axes in states.items() if not (plain and name == "z")}
+    if case.family == "linear" and not case.option("normalize"):
+        return {name: axes for name, axes in states.items() if name != "z"}
+    if case.option("complex"):
+        return {name: (*axes, "2") for name, axes in states.items()}
+    return dict(states)
 
 
 def _cotangents(case: Case, draw: Draw, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A cotangent for each output, of the kind that the case names."""
     kind = case.option("cotangents")
-    if kind is None:
+    carried = case.option("initial_state") or case.option("return_state")
+    if kind is None or (case.family in _FORWARD_WITH_STATES and carried):
         return {}
     form = SIGNATURES[case.family]
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     made = {}
-    states = case_states(case) if case.option("return_state") and case.family != "mlstm" else {}
+    states = case_states(case) if case.option("return_state") and case.family not in _STATES_APART else {}
     for name, axes in {**form.outputs, **states}.items():
         if name == "lse" and not case.option("return_lse"):
             continue
@@ -328,7 +368,7 @@ def _cotangents(case: Case, draw: Draw, tensors: Mapping[str, torch.Tensor]) -> 
             rows = draw.integers(f"d{name} rows", 0, 3, *shape[:-1], 1) == 0
             column = draw.integers(f"d{name} column", 0, max(shape[-1], 1), *shape[:-1], 1)
             values = np.where(rows & (np.arange(shape[-1]) == column), values, 0.0)
-        elif kind == "aligned" and name == "o" and "v" in tensors and tensors["v"].shape[2]:
+        elif kind == "aligned" and len(axes) == 4 and "v" in tensors and tensors["v"].shape[2]:
             v = tensors["v"].double().nan_to_num(0.0, 0.0, 0.0).numpy()
             mean = np.repeat(v.mean(axis=2, keepdims=True), shape[1] // v.shape[1], axis=1)
             size = np.abs(mean).max(initial=0.0)
@@ -354,10 +394,12 @@ def _canonical_shape(
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise CaseError(f"shape {symbol}={size!r}: expected an integer ≥ 0")
     if SIGNATURES[family].stateful:
-        low = [symbol for symbol in ("H", "D", "E") if sizes[symbol] == 0]
-        if low:
-            raise CaseError(f"shape {sizes}: H, D and E are positive; N, B may be 0")
-    if "G" in sizes:
+        low = [symbol for symbol in symbols if symbol not in "BN" and sizes[symbol] == 0]
+        if low or sizes["H"] % sizes.get("G", 1):
+            raise CaseError(
+                f"shape {sizes}: all but N and B are positive, and H is a multiple of G where there is one"
+            )
+    elif "G" in sizes:
         low = [symbol for symbol in ("H", "G", "D", "E") if sizes[symbol] == 0]
         if low or sizes["H"] % sizes["G"]:
             raise CaseError(
@@ -378,7 +420,7 @@ def _canonical_options(
         given[name] = _checked_option(family, name, value, sizes)
     if given.get("causal_alignment") == "bottom-right":
         del given["causal_alignment"]
-    return tuple((name, given[name]) for name in known if name in given)
+    return tuple((name, given[name]) for name in known if given.get(name) is not None)
 
 
 def _checked_option(family: str, name: str, value: Any, sizes: Mapping[str, int]) -> Any:
@@ -392,6 +434,9 @@ def _checked_option(family: str, name: str, value: Any, sizes: Mapping[str, int]
         expected = "" if value is True else "True"
     elif name == "feature_map":
         expected = "" if value in FEATURE_MAPS else f"one of {', '.join(FEATURE_MAPS)}"
+    elif name == "discretization":
+        value = None if value == "euler" else value
+        expected = "" if value in (None, "zoh") else "'zoh', or 'euler', which is the default"
     elif name == "gate":
         expected = "" if value in ("head", "channel") else "'head' or 'channel'"
     elif name == "causal_alignment":

@@ -31,7 +31,10 @@ class Signature:
         parameters: tensors that a regime need not make; drawn as centre + deviation · N(0, 1).
         states: what a call hands to the next one: final states come as further outputs with the option
             ``return_state``. "F" is the width of the features, "S" the number of sequences.
-        optional: tensors that are handed over only where the case has the option "gate".
+        optional: positional tensors that are handed over only where the case has the option named here.
+        keywords: tensors that are handed over by keyword where the case has the option of that name.
+        values: the tensor in which the outputs are linear.
+        scanned: whether a family without states is still computed along the sequence.
     """
 
     symbols: tuple[str, ...]
@@ -41,7 +44,10 @@ class Signature:
     required: tuple[str, ...] = ()
     parameters: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     states: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
+    optional: Mapping[str, str] = field(default_factory=dict)
+    keywords: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    values: str = "v"
+    scanned: bool = False
 
     @property
     def attention(self) -> bool:
@@ -51,7 +57,7 @@ class Signature:
     @property
     def stateful(self) -> bool:
         """Whether the family carries a state along the sequence."""
-        return bool(self.states)
+        return bool(self.states) or self.scanned
 
     @property
     def axes(self) -> int:
@@ -59,8 +65,8 @@ class Signature:
         return len(next(iter(self.tensors.values())))
 
     def shape(self, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The sizes of ``axes``."""
-        return tuple(2 * sizes[axis[1:]] if axis.startswith("2") else sizes[axis] for axis in axes)
+        """The sizes of ``axes``; of "2" it is 2, and of "2D" twice D."""
+        return tuple(2 * sizes.get(axis[1:], 1) if axis.startswith("2") else sizes[axis] for axis in axes)
 
 
 _ATTENTION = ("B", "H", "G", "M", "N", "D", "E")
@@ -163,6 +169,74 @@ SIGNATURES: dict[str, Signature] = {
         ("gate", *_CARRYING),
         ("scale",),
         states=_STATE,
-        optional=("g",),
+        optional={"g": "gate"},
+    ),
+    "ssm": Signature(
+        ("B", "H", "N", "D"),
+        {"u": ("B", "H", "N"), **dict.fromkeys("abc", ("H", "D")), "d": ("H",)},
+        {"y": ("B", "H", "N")},
+        ("complex", "skip", *_CARRYING),
+        states={"state": ("S", "H", "D")},
+        optional={"d": "skip"},
+        values="u",
+    ),
+    "h3": Signature(
+        ("B", "H", "N", "D", "E", "T", "P"),
+        {
+            **_EQUAL_QKV,
+            "taps": ("H", "D", "T"),
+            **dict.fromkeys("abc", ("H", "P")),
+            "d_shift": ("H", "D"),
+            "d_diag": ("H",),
+        },
+        {"o": ("B", "H", "N", "E")},
+        ("complex", "skip", "cotangents"),
+        optional={"d_shift": "skip", "d_diag": "skip"},
+        scanned=True,
+    ),
+    "selective_scan": Signature(
+        ("B", "H", "N", "D"),
+        {
+            **dict.fromkeys(("u", "delta"), ("B", "H", "N")),
+            "A": ("H", "D"),
+            **dict.fromkeys("BC", ("B", "D", "N")),
+            "D": ("H",),
+        },
+        {"y": ("B", "H", "N")},
+        ("skip", "z", "delta_bias", "delta_softplus", "discretization", *_CARRYING),
+        states={"state": ("S", "H", "D")},
+        optional={"D": "skip"},
+        values="u",
+        keywords={"z": ("B", "H", "N"), "delta_bias": ("H",)},
+    ),
+    "ssd": Signature(
+        ("B", "H", "G", "N", "D", "E"),
+        {
+            "x": ("B", "H", "N", "E"),
+            "dt": ("B", "H", "N"),
+            "A": ("H",),
+            **dict.fromkeys("BC", ("B", "G", "N", "D")),
+            "D": ("H",),
+        },
+        {"y": ("B", "H", "N", "E")},
+        ("skip", *_CARRYING),
+        states=_STATE,
+        optional={"D": "skip"},
+        values="x",
+    ),
+    "prefix_scan": Signature(
+        _SEQUENCE,
+        {"q": ("H", "D"), "k": ("B", "H", "N", "D"), "v": ("B", "H", "N", "E")},
+        {"o": ("B", "H", "N", "E")},
+        ("initial_state", "return_state", "cotangents"),
+        ("scale",),
+        states={"m": ("S", "H"), "u": ("S", "H"), "w": ("S", "H", "E")},
+    ),
+    "rwkv4": Signature(
+        ("B", "H", "N"),
+        {"w": ("H",), "u": ("H",), **dict.fromkeys("kv", ("B", "H", "N"))},
+        {"o": ("B", "H", "N")},
+        ("initial_state", "return_state", "cotangents"),
+        states={"a": ("S", "H"), "b": ("S", "H"), "p": ("S", "H")},
     ),
 }

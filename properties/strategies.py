@@ -95,7 +95,7 @@ def _case(
     elif family == "easy":
         sizes = _easy_sizes(draw, supports, most)
     elif form.stateful:
-        sizes = _state_sizes(draw, values, supports, most)
+        sizes = _state_sizes(draw, form.symbols, values, supports, most)
     else:
         sizes = _row_sizes(draw, supports, most)
     _fill_in(draw, family, values, sizes)
@@ -117,6 +117,7 @@ def _fill_in(draw: DrawFn, family: str, values: dict[str, Any], sizes: dict[str,
     form = SIGNATURES[family]
     if form.stateful:
         choices |= {"causal": st.just("off"), "gate": st.sampled_from(("head", "channel"))}
+        choices["discretization"] = st.just("zoh")
     if "feature_map" in form.required:
         maps = (
             FEATURE_MAPS if sizes["D"] <= 16 else tuple(m for m in FEATURE_MAPS if m not in PAIRED_FEATURES)
@@ -138,7 +139,10 @@ def _easy_sizes(draw: DrawFn, supports: Supports, most: int) -> dict[str, int]:
     return {**sizes, "N": draw(_lengths(supports, most)), "E": draw(_widths(supports))}
 
 
-def _state_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, most: int) -> dict[str, int]:
+def _state_sizes(
+    draw: DrawFn, symbols: tuple[str, ...], values: dict[str, Any], supports: Supports, most: int
+) -> dict[str, int]:
+    """Sizes of the family's ``symbols``."""
     least = int(supports.nonempty)
     length = draw(_lengths(supports, most))
     sizes = {"B": draw(st.integers(least, 2)), "H": draw(st.integers(1, 3)), "N": length}
@@ -146,7 +150,10 @@ def _state_sizes(draw: DrawFn, values: dict[str, Any], supports: Supports, most:
         values["cu_seqlens"], sizes["B"] = draw(_packed(length)), 1
     # A state has D·E entries.
     narrow = st.sampled_from((1, 3, 5, 16, 32)) if supports.head_dims is None else _widths(supports)
-    return {**sizes, "D": draw(narrow), "E": draw(narrow)}
+    widths = {"D": narrow, "E": narrow, "T": st.integers(1, 5), "P": st.sampled_from((1, 2, 5))}
+    if "G" in symbols:
+        sizes["G"] = draw(st.sampled_from([g for g in (1, 2, 3) if sizes["H"] % g == 0]))
+    return {**sizes, **{symbol: draw(width) for symbol, width in widths.items() if symbol in symbols}}
 
 
 def _packed(length: int) -> SearchStrategy[tuple[int, ...]]:

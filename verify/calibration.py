@@ -37,13 +37,14 @@ from typing import Any
 
 import msgspec
 
-from attnproof import healthy_states
+from attnproof import healthy_prefix_scans, healthy_scans, healthy_states
 from attnproof.calibration_finding import Placed, calibration_finding
 from attnproof.campaign import Campaign
 from attnproof.gradient_alarms import gradient_cases
 from attnproof.properties.case import Case, case_states
 from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.regimes import REGIMES, plan
+from attnproof.properties.regimes.regime import STATE_FAMILIES
 from attnproof.properties.signatures import SIGNATURES
 from attnproof.reach import beyond, measure_reach, reach_series
 from attnproof.reports.record import CaseJudged, Finding
@@ -72,10 +73,10 @@ _ALGORITHMS = (
     *("triton_16_16", "triton_32_128", "triton_64_16", "triton_tf32", "two_pass"),
     *("online_logsumexp", "pairwise_logsumexp", "base_two_softmax_rows", "two_pass_softmax_rows"),
 )
-# Families without thresholds, held to their certain budgets alone. Where keys are alike, chunkwise kernels of
-# the delta rule err in half precision by up to 12 times the probable budget, which does not know how such
-# errors add; the others have too few judged cases for a fit.
-_CERTAIN_ONLY = tuple(STATE_FORMS)
+# Classes of regimes in which a family is held to its certain budget alone. Where keys are nearly parallel and
+# β is 2, chunkwise kernels of the delta rule err in half precision by up to 12 times the probable budget,
+# which does not know how such errors add.
+_CERTAIN_ONLY = (("delta", "tied"),)
 _SCORE_FAMILIES = ("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy")
 _SOFTMAX_GRADIENTS = ("attention_atomic", "autograd_attention", "stored_attention", "flash_attention")
 IMPLEMENTATIONS = (
@@ -99,16 +100,11 @@ IMPLEMENTATIONS = (
         for family in _SCORE_FAMILIES
         for kind in ("autograd", "stored")
     ),
+    *(f"attnproof.kernels.{family}:{form}" for family, forms in STATE_FORMS.items() for form in forms),
     *(
-        f"attnproof.kernels.{family}:{form}"
-        for family, forms in STATE_FORMS.items()
-        for form in forms
-        if family not in _CERTAIN_ONLY
-    ),
-    *(
-        f"attnproof.healthy_states:{name}"
-        for name in healthy_states.__all__
-        if name.partition("_")[2] not in _CERTAIN_ONLY
+        f"{module.__name__}:{name}"
+        for module in (healthy_states, healthy_scans, healthy_prefix_scans)
+        for name in module.__all__
     ),
 )
 HELD_OUT_SEED = 20261122
@@ -117,7 +113,9 @@ HELD_OUT_SEED = 20261122
 _EMULATED_SHARE = 0.35
 _LONG_SHARE = 0.05
 # What torch autograd computes is judged by its gradients in most cases, of which many are small.
-_WITH_GRADIENTS = ("attnproof.healthy_gradients:", "attnproof.healthy_states:")
+_WITH_GRADIENTS = tuple(
+    f"attnproof.healthy_{kind}:" for kind in ("gradients", "states", "scans", "prefix_scans")
+)
 _GRADIENT_SHARE, _GRADIENT_WORK = 0.8, 2**18
 _LONG = (1024, 2048, 3000, 4096)
 _LONG_ROWS = 4
@@ -192,13 +190,18 @@ def held_out(targets: Sequence[str] = IMPLEMENTATIONS, seed: int = HELD_OUT_SEED
         apart = contract.family == "softmax" and _name(target) in _SOFTMAX_GRADIENTS
         families[f"{contract.family} gradients" if apart else contract.family].append(target)
     draw = random.Random(seed)
-    # Families with a state came later; the draws of the others stay what they were.
-    order = sorted(families, key=lambda name: (SIGNATURES[name.split()[0]].stateful, name))
+    # Families with a state came later, and scans after them; the draws of the others stay what they were.
+    order = sorted(families, key=lambda name: (_came(name.split()[0]), name))
     return tuple(
         target
         for members in map(families.__getitem__, order)
         for target in sorted(draw.sample(members, max(1, round(len(members) / 3))))
     )
+
+
+def _came(family: str) -> int:
+    """In which wave a family came."""
+    return 0 if not SIGNATURES[family].stateful else 1 if family in STATE_FAMILIES else 2
 
 
 def sampled(event: CaseJudged) -> Sample:
@@ -254,8 +257,16 @@ def fit(samples: Iterable[Sample]) -> dict[str, Thresholds]:
                 columns[key][name].append(value)
                 columns[_pooled(key)][name].append(value)
     return {
-        key: _fitted(key, found) for key, found in sorted(columns.items()) if len(found["row"]) >= _FEWEST
+        key: _fitted(key, found)
+        for key, found in sorted(columns.items())
+        if len(found["row"]) >= _FEWEST or _certain_only(key)
     }
+
+
+def _certain_only(key: str) -> bool:
+    """Whether a class of regimes is held to its certain budget alone."""
+    family, _, _, regime_class, _ = key.split("/")
+    return (family, regime_class) in _CERTAIN_ONLY
 
 
 def _fitted(key: str, columns: Mapping[str, list[float]]) -> Thresholds:
@@ -266,6 +277,8 @@ def _fitted(key: str, columns: Mapping[str, list[float]]) -> Thresholds:
     if output.startswith("d") and regime_class in _FEW_ERRORS:
         least = (_DERIVED * least[0], _DERIVED * least[1], _DERIVED * least[2])
     limits, intervals = dict(zip(_STATISTICS, least, strict=True)), {}
+    if _certain_only(key):
+        limits = dict.fromkeys(_STATISTICS, _INFINITE)
     for name, values in columns.items():
         if values:
             found = tail(values)
@@ -354,7 +367,8 @@ def _long_cases(contract: Contract, count: int, seed: int) -> list[Case]:
                 options["pool"] = (1, 3)
         elif SIGNATURES[contract.family].stateful:
             # Recurrences of torch take a step a position, and all positions are rows.
-            shape = {"B": 1, "H": 2, "N": min(length, 1024), "D": 32, "E": 32}
+            sizes = {"B": 1, "H": 2, "G": 1, "N": min(length, 1024), "D": 32, "E": 32, "T": 4, "P": 8}
+            shape = {symbol: sizes[symbol] for symbol in SIGNATURES[contract.family].symbols}
         elif contract.family == "easy":
             shape = {"B": 1, "H": 1, "N": min(length, 1024), "E": 16}
         found.append(

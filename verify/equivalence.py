@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from attnproof import processes
+from attnproof import healthy_prefix_scans, healthy_scans, healthy_states, processes
 from attnproof.properties.case import Case
 from attnproof.properties.contract import contract_of
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.reports.record import Finding, Series
 from attnproof.suite import STATE_FORMS, default_device
 from attnproof.targets import Importable, resolve
@@ -28,15 +29,26 @@ from attnproof.workers import WorkerPool
 __all__ = ["FORMS", "Distance", "distances", "equal_forms"]
 
 _KERNELS = "attnproof.kernels"
-_TORCH = "attnproof.healthy_states"
+_TORCH = "attnproof.healthy_"
+_TORCH_NAMES = {
+    "recurrent": "torch by steps",
+    "chunked": "torch by chunks",
+    "convolved": "torch by convolution",
+    "matrix": "torch by a matrix",
+    "doubling": "torch by doubling",
+}
 # The kernel called attention goes by chunks.
 _NAMES = {"attention": "chunkwise", "attention_recurrent": "recurrent"}
 FORMS: Mapping[str, Mapping[str, str]] = {
     family: {
         **{_NAMES.get(name, name): f"{_KERNELS}.{family}:{name}" for name in names},
         # Forms of kernels may share a backward kernel; autograd goes back through each form's own steps.
-        "torch by steps": f"{_TORCH}:recurrent_{family}",
-        **({} if family == "mlstm" else {"torch by chunks": f"{_TORCH}:chunked_{family}"}),
+        **{
+            _TORCH_NAMES[kind]: f"{module.__name__}:{kind}_{family}"
+            for module in (healthy_states, healthy_scans, healthy_prefix_scans)
+            for kind in _TORCH_NAMES
+            if hasattr(module, f"{kind}_{family}")
+        },
     }
     for family, names in STATE_FORMS.items()
 }
@@ -44,12 +56,21 @@ FORMS: Mapping[str, Mapping[str, str]] = {
 
 _DTYPES = ("float32", "float16", "bfloat16")
 # Two whole chunks and a ragged one, and widths that differ.
-_SHAPE = {"B": 1, "H": 1, "N": 150, "D": 24, "E": 16}
+_SIZES = {"B": 1, "H": 2, "G": 1, "N": 150, "D": 24, "E": 16, "T": 4, "P": 6}
 _OPTIONS: Mapping[str, tuple[Mapping[str, object], ...]] = {
     "linear": ({"feature_map": "elu1", "normalize": True}, {"feature_map": "identity"}),
     "gated_linear": ({"gate": "channel"}, {"gate": "head"}),
     "delta": ({}, {"gate": "channel"}),
+    "ssm": ({"complex": True, "skip": True}, {}),
+    "h3": ({"complex": True, "skip": True}, {"skip": True}),
+    "selective_scan": (
+        {"delta_softplus": True, "delta_bias": True, "z": True, "skip": True},
+        {"discretization": "zoh"},
+    ),
+    "ssd": ({"skip": True}, {}),
 }
+# Families without initial states, or with gradients only where there is none.
+_STATELESS = ("h3", "prefix_scan", "rwkv4")
 _MOST = 2.0
 
 
@@ -115,9 +136,12 @@ def _subject(target: str) -> Subject:
 def _case(family: str, dtype: str, seed: int) -> Case:
     kinds = _OPTIONS.get(family, ({},))
     options = kinds[_DTYPES.index(dtype) % len(kinds)]
-    stateless = {"return_state": True, "cotangents": "normal"}
-    carried = {} if family == "mlstm" else {"initial_state": True}
-    return Case(family, dtype, _SHAPE, "normal", {**options, **carried, **stateless}, seed=seed)  # type: ignore[arg-type]
+    carried: dict[str, object] = {"initial_state": True, "return_state": True}
+    if family == "mlstm":
+        del carried["initial_state"]
+    chosen = {**options, **({} if family in _STATELESS else carried), "cotangents": "normal"}
+    shape = {symbol: _SIZES[symbol] for symbol in SIGNATURES[family].symbols}
+    return Case(family, dtype, shape, "normal", chosen, seed=seed)  # type: ignore[arg-type]
 
 
 def _pair(
@@ -155,9 +179,10 @@ def _finding(family: str, found: Sequence[Distance], seed: int) -> Finding:
     forms = list(FORMS[family])
     pairs = len(forms) * (len(forms) - 1) // 2
     apart = [d for d in found if d.forms[0] != d.forms[1]]
+    carried = "" if family in _STATELESS else ", with states in and out"
     evidence = (
-        f"{len(forms)} forms ({', '.join(forms)}), {pairs} pairs, {len(_DTYPES)} dtypes, N = {_SHAPE['N']}, "
-        f"with states in and out: largest distance {max(d.worst for d in apart):.2g} certain budgets, rms "
+        f"{len(forms)} forms ({', '.join(forms)}), {pairs} pairs, {len(_DTYPES)} dtypes, N = {_SIZES['N']}"
+        f"{carried}: largest distance {max(d.worst for d in apart):.2g} certain budgets, rms "
         f"{min(d.rms for d in apart):.2g} to {max(d.rms for d in apart):.2g} of √2 probable ones"
     )
     if wrong:

@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from attnproof import healthy_gradients, healthy_states
+from attnproof import healthy_gradients, healthy_prefix_scans, healthy_scans, healthy_states
 from attnproof.campaign import Campaign
-from attnproof.properties.case import Case
+from attnproof.properties.case import APART, Case
 from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.regimes import plan
 from attnproof.properties.signatures import COTANGENTS, SIGNATURES
@@ -47,7 +47,7 @@ def gradient_cases(contract: Contract, seed: int, most_work: int = _MOST_WORK) -
     stream = plan(
         contract.family,
         dtypes=contract.dtypes,
-        options=(*contract.options, "gate", "cotangents"),
+        options=(*contract.options, *APART),
         supports=contract.supports,
         causal_alignment=contract.causal_alignment,
         budget=150,
@@ -58,7 +58,7 @@ def gradient_cases(contract: Contract, seed: int, most_work: int = _MOST_WORK) -
     for case in stream:
         sizes = case.sizes
         rows = sizes.get("M", sizes["N"]) * sizes["N"] * sizes.get("B", 1) * sizes["H"]
-        if rows * (sizes.get("D", 0) + sizes["E"]) <= most_work:
+        if rows * (sizes.get("D", 0) + sizes.get("E", 1)) <= most_work:
             kind = case.option("cotangents") or next(kinds)
             yield replace(case, options=(*dict(case.options, cotangents=kind).items(),))
 
@@ -66,17 +66,20 @@ def gradient_cases(contract: Contract, seed: int, most_work: int = _MOST_WORK) -
 def subjects(family: str) -> list[Subject]:
     """The implementations of a family: two, of mLSTM one."""
     name = "attention" if family == "softmax" else family
-    stateful = SIGNATURES[family].stateful
-    module: ModuleType = healthy_states if stateful else healthy_gradients
     found = []
-    for kind in ("recurrent", "chunked") if stateful else ("autograd", "stored"):
-        if not hasattr(module, f"{kind}_{name}"):
-            continue
-        target = f"{module.__name__}:{kind}_{name}"
-        contract = contract_of(resolve(target))
-        assert contract is not None
-        found.append(Subject(f"{kind}_{name}", Importable(target), contract, "cpu", gradients=True))
+    for module, function in _functions():
+        if function.partition("_")[2] == name and not (family == "softmax" and function == "flash_attention"):
+            target = f"{module.__name__}:{function}"
+            contract = contract_of(resolve(target))
+            assert contract is not None
+            found.append(Subject(function, Importable(target), contract, "cpu", gradients=True))
     return found
+
+
+def _functions() -> Iterator[tuple[ModuleType, str]]:
+    for module in (healthy_gradients, healthy_states, healthy_scans, healthy_prefix_scans):
+        for function in module.__all__:
+            yield module, function
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis.database import ExampleDatabase
 
 from attnproof.campaign import Campaign, Limits, judge_kernel
-from attnproof.properties.case import Case, CaseError
+from attnproof.properties.case import APART, Case, CaseError
 from attnproof.properties.contract import DTYPES, Contract, ContractError, contract_of
 from attnproof.properties.families import family_of
 from attnproof.properties.invariants import check_names
@@ -120,7 +120,7 @@ def check(
     case = Case.parse(case) if isinstance(case, str) else case
     if not isinstance(case, Case):
         raise CaseError(f"case is a {type(case).__name__}; expected an attnproof.Case or its text")
-    apart = ("causal_alignment", "cotangents", "gate", *SIGNATURES[case.family].required)
+    apart = (*APART, *SIGNATURES[case.family].required)
     options = tuple(name for name, _ in case.options if name not in apart)
     subject = make_subject(fn, case.family, (case.dtype,), options, contract, device, declare)
     if isolation not in ("process", "none"):

@@ -174,6 +174,7 @@ class Trial:
         q, k = tensors["q"].double().nan_to_num(0, 0, 0), tensors["k"].double().nan_to_num(0, 0, 0)
         if not q.numel() or not k.numel():
             return 0.0
+        q = q if q.dim() == 4 else q[None, :, None]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
         # By blocks of rows: all pairs of 65,536 positions would be 34 GB a head.
         largest = max(float((rows @ k).abs().max()) for rows in torch.split(q, _BLOCK, dim=2))

@@ -37,6 +37,12 @@ STATE_FORMS = {
     "rwkv6": ("attention", "recurrent"),
     "mlstm": ("attention", "attention_recurrent"),
     "delta": ("attention", "recurrent"),
+    "ssm": ("recurrent", "scan", "convolution", "fft"),
+    "h3": ("attention", "composed"),
+    "selective_scan": ("scan", "recurrent"),
+    "ssd": ("attention", "parallel", "recurrent"),
+    "prefix_scan": ("attention", "recurrent", "hillis_steele", "blelloch"),
+    "rwkv4": ("attention", "recurrent"),
 }
 """Kernels of families with a state: each form by its name in ``attnproof.kernels``."""
 
@@ -58,7 +64,7 @@ ENTRIES: tuple[Entry, ...] = (
     *(
         Entry(f"{family}.handed_over", f"attnproof.adapters:{family}_handed_over")
         for family in STATE_FORMS
-        if family != "mlstm"  # which begins without a state
+        if family not in ("mlstm", "h3")  # which begin without a state
     ),
     Entry("examples.unshifted_logsumexp", f"{_EXAMPLES}.logsumexp:unshifted_logsumexp", "unshifted"),
     Entry("examples.unshifted_softmax_rows", f"{_EXAMPLES}.softmax_rows:unshifted_softmax_rows", "unshifted"),

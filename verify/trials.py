@@ -26,7 +26,7 @@ from attnproof.outcomes import (
     TimedOut,
 )
 from attnproof.predictions import PREDICTIONS
-from attnproof.properties.case import Case, Inputs
+from attnproof.properties.case import APART, Case, Inputs, case_states
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.base import Family
 from attnproof.properties.regimes import REGIMES
@@ -47,6 +47,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "return_state": False,
     "variance": True,
     "power": 1,
+    "delta_softplus": False,
+    "discretization": "euler",
 }
 _UNDIFFERENTIABLE = "declare differentiable=false if that is intended"
 
@@ -79,7 +81,7 @@ class Subject:
     def options(self) -> tuple[str, ...]:
         """The options that cases for it may have: those of its contract, and those that are no keyword."""
         known = SIGNATURES[self.contract.family].options
-        apart = [name for name in ("gate", "cotangents") if name in known]
+        apart = [name for name in APART if name in known and name != "causal_alignment"]
         if not self.differentiable and "cotangents" in apart:
             apart.remove("cotangents")
         return (*self.contract.options, *apart)
@@ -234,7 +236,7 @@ def _argument_name(trial: Trial, name: str) -> str:
     states = trial.inputs.options.get("initial_state")
     if not isinstance(states, tuple) or not name.startswith("initial_"):
         return name
-    return f"initial_state[{int(name != 'initial_state')}]"
+    return f"initial_state[{list(case_states(trial.case)).index(name.removeprefix('initial_'))}]"
 
 
 def _in_layout(subject: Subject, trial: Trial, name: str, tensor: torch.Tensor) -> torch.Tensor:

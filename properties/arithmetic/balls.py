@@ -66,6 +66,7 @@ def _step_of_one(x: flint.arb) -> flint.arb:
 
 _exp = np.frompyfunc(flint.arb.exp, 1, 1)
 _log = np.frompyfunc(flint.arb.log, 1, 1)
+_log1p = np.frompyfunc(flint.arb.log1p, 1, 1)
 _tanh = np.frompyfunc(flint.arb.tanh, 1, 1)
 _sqrt = np.frompyfunc(flint.arb.sqrt, 1, 1)
 _sigmoid = np.frompyfunc(_sigmoid_of_one, 1, 1)
@@ -153,6 +154,9 @@ class ArbArithmetic(Arithmetic[ObjectArray]):
 
     def log(self, a: ObjectArray) -> ObjectArray:
         return self._elementwise(_log, a)
+
+    def log1p(self, a: ObjectArray) -> ObjectArray:
+        return self._elementwise(_log1p, a)
 
     def tanh(self, a: ObjectArray) -> ObjectArray:
         return self._elementwise(_tanh, a)

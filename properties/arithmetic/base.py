@@ -98,6 +98,10 @@ class Arithmetic(ABC, Generic[V]):
         """Natural logarithm; where a's enclosure is not positive nothing is known of the result."""
 
     @abstractmethod
+    def log1p(self, a: V) -> V:
+        """log(1 + a), to relative accuracy also where a is tiny; nothing is known where 1 + a may be ≤ 0."""
+
+    @abstractmethod
     def tanh(self, a: V) -> V:
         """Hyperbolic tangent."""
 

@@ -212,6 +212,17 @@ class EnclosureArithmetic(Arithmetic[Ball]):
         radius.mul_(SLACK).add_(4 * TINY)
         return _settled(value, torch.where(lower > 0, radius, math.inf), check_value=True)
 
+    def log1p(self, a: Ball) -> Ball:
+        """log(1 + a); |log(1 + A) − log(1 + a)| ≤ r / (1 + a − r)."""
+        value = torch.log1p(a.value)
+        radius = value.abs().mul_(ELEMENTARY)
+        lower = a.value + 1.0
+        if a.radius is not None:
+            lower = lower * (1.0 - 2.0 * EPSILON) - a.radius
+            radius.add_(a.radius / lower)
+        radius.mul_(SLACK).add_(4 * TINY)
+        return _settled(value, torch.where(lower > 0, radius, math.inf), check_value=True)
+
     def tanh(self, a: Ball) -> Ball:
         """The hyperbolic tangent, which moves no further than its argument and never out of [−1, 1]."""
         value = torch.tanh(a.value)

@@ -63,6 +63,7 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
         self._exp = np.frompyfunc(self.context.exp, 1, 1)
         self._tanh = np.frompyfunc(self.context.tanh, 1, 1)
         self._log = np.frompyfunc(self._log_of_one, 1, 1)
+        self._log1p = np.frompyfunc(self._log1p_of_one, 1, 1)
         self._sigmoid = np.frompyfunc(self._sigmoid_of_one, 1, 1)
         self._sigmoid_slope = np.frompyfunc(self._sigmoid_slope_of_one, 1, 1)
         self._sqrt = np.frompyfunc(self._sqrt_of_one, 1, 1)
@@ -113,6 +114,9 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
 
     def log(self, a: ObjectArray) -> ObjectArray:
         return np.asarray(self._log(a), dtype=object)
+
+    def log1p(self, a: ObjectArray) -> ObjectArray:
+        return np.asarray(self._log1p(a), dtype=object)
 
     def tanh(self, a: ObjectArray) -> ObjectArray:
         return np.asarray(self._tanh(a), dtype=object)
@@ -191,6 +195,9 @@ class MpmathArithmetic(Arithmetic[ObjectArray]):
 
     def _log_of_one(self, a: Any) -> Any:
         return self.context.log(a) if a > 0 else self._nan
+
+    def _log1p_of_one(self, a: Any) -> Any:
+        return self.context.log1p(a) if a > -1 else self._nan
 
     def _sqrt_of_one(self, a: Any) -> Any:
         return self.context.sqrt(a) if a >= 0 else self._nan

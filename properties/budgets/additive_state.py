@@ -26,7 +26,7 @@ import torch
 from attnproof.properties.budgets.propagation import Estimate
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 
-__all__ = ["CHUNK", "GateErrors", "Runs", "StepErrors", "estimate"]
+__all__ = ["CHUNK", "ComputedErrors", "GateErrors", "Runs", "StepErrors", "estimate"]
 
 CHUNK = 128
 """Positions over which a kernel is allowed to sum gates, or products of operands, in one go."""
@@ -35,6 +35,22 @@ CHUNK = 128
 _LARGEST_EXPONENT = 600.0
 # A gate below this has no effect on anything: e^−10⁶ = 0 in every format. Sums of them keep their digits.
 _SMALLEST_GATE = -1e6
+
+
+@dataclass(frozen=True)
+class ComputedErrors:
+    """What the computation of operands and gates from the inputs adds to the errors of a term.
+
+    Attributes:
+        rounded: how many more factors are rounded operands.
+        factor: 1 + their relative error where it is the same everywhere.
+        fixed, moving: mean square relative errors, of a term and for each position crossed.
+    """
+
+    rounded: int = 0
+    factor: float = 1.0
+    fixed: float = 0.0
+    moving: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,13 +160,19 @@ class Runs:
     cancelled: torch.Tensor
 
 
-def estimate(runs: Runs, errors: StepErrors, r: Roundings, tiny: torch.Tensor | float) -> Estimate:
+def estimate(
+    runs: Runs,
+    errors: StepErrors,
+    r: Roundings,
+    tiny: torch.Tensor | float,
+    healthy: torch.Tensor | float | None = None,
+) -> Estimate:
     """Value and errors of one output.
 
     Args:
         runs: its evaluations.
         errors, r: relative errors of its terms, and the roundings.
-        tiny: absolute error by underflow.
+        tiny: absolute error by underflow; healthy: of kernels that make use of fewer formats.
     """
     certain = runs.raised * errors.factor - runs.absolute
     certain = certain.clamp(min=0.0) + tiny
@@ -161,7 +183,7 @@ def estimate(runs: Runs, errors: StepErrors, r: Roundings, tiny: torch.Tensor | 
     steps = 1.0 + runs.crossed / runs.squares.clamp(min=1e-300)
     variance = agreeing * (errors.fixed + errors.moving * steps + (errors.shared * steps).square())
     variance = variance + errors.unit**2 * runs.cancelled
-    variance = variance + torch.as_tensor(tiny).square() / 12.0
+    variance = variance + torch.as_tensor(tiny if healthy is None else healthy).square() / 12.0
     lost = runs.absolute * errors.factor + certain >= r.largest / 2.0
     certain = certain.nan_to_num(torch.inf, torch.inf)
     return Estimate(runs.actual, certain, variance.nan_to_num(1e300, 1e300), lost | ~certain.isfinite())

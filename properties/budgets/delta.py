@@ -50,6 +50,7 @@ class DeltaLanes:
     Attributes:
         q, k: (L, N, D); v: (L, N, E); beta: (L, N); g: (L, N), (L, N, D) or None; initial: (L, D, E).
         scale: of the read.
+        rows: offsets whose o is judged, rising; None for all.
     """
 
     q: torch.Tensor
@@ -59,6 +60,7 @@ class DeltaLanes:
     g: torch.Tensor | None
     initial: torch.Tensor
     scale: float
+    rows: torch.Tensor | None = None
 
     @property
     def gates(self) -> torch.Tensor:
@@ -201,6 +203,8 @@ class DeltaErrors:
 
     def outputs(self) -> dict[str, Estimate]:
         """Of o (L, N, E) and of the final state (L, D, E), before they are stored.
+
+        Of a call with ``rows`` that of o is meant for those rows alone.
 
         Looseness, for N(0, 1) values, unit queries and keys, β uniform in [0, 1], D = E = 64: the largest
         certain bound of o is 55 times a chunkwise bfloat16 kernel's worst error at N = 256 and 72 times at
@@ -423,8 +427,11 @@ def _carried(chunks: Chunks, sources: list[_Source]) -> list[tuple[torch.Tensor,
         if source.direct is not None:
             total = total + (chunks.plain.abs() ** p) @ source.direct
         totals.append(total)
-    pulled, count = chunks.pulled, chunks.count
-    for lag in range(1, count):
+    count = chunks.count
+    if chunks.lanes.rows is not None:
+        _add_earlier(chunks, sources, totals, chunks.lanes.rows)
+    pulled = chunks.pulled
+    for lag in range(1, count if chunks.lanes.rows is None else 1):
         pulled = pulled[:, 1:]
         earlier = slice(0, count - lag)
         for total, seen in zip(totals, _received(chunks, sources, pulled, earlier), strict=True):
@@ -441,6 +448,25 @@ def _carried(chunks: Chunks, sources: list[_Source]) -> list[tuple[torch.Tensor,
         states = [state + x[:, 0] for state, x in zip(states, found, strict=True)]
         pulled = pulled @ chunks.transition[:, span]
     return list(zip(totals, states, strict=True))
+
+
+def _add_earlier(
+    chunks: Chunks, sources: list[_Source], totals: list[torch.Tensor], rows: torch.Tensor
+) -> None:
+    """Add what ``rows`` receive from earlier chunks to ``totals``, on one way back that each row joins."""
+    places, inside = rows // chunks.size, rows % chunks.size
+    asked = chunks.pulled[:, places, inside]
+    joined, found = len(rows), [torch.zeros_like(t[:, places, inside]) for t in totals]
+    # From the first row that has joined to the last.
+    for c in reversed(range(int(places.max()) if len(rows) else 0)):
+        while joined and int(places[joined - 1]) > c:
+            joined -= 1
+        span, here = slice(c, c + 1), asked[:, None, joined:]
+        for total, seen in zip(found, _received(chunks, sources, here, span), strict=True):
+            total[:, joined:] += seen[:, 0]
+        asked[:, joined:] = (here @ chunks.transition[:, span])[:, 0]
+    for total, more in zip(totals, found, strict=True):
+        total[:, places, inside] += more
 
 
 def _received(

@@ -50,6 +50,9 @@ class Float64(Arithmetic[torch.Tensor]):
     def log(self, a: torch.Tensor) -> torch.Tensor:
         return torch.log(a)
 
+    def log1p(self, a: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(a)
+
     def tanh(self, a: torch.Tensor) -> torch.Tensor:
         return torch.tanh(a)
 

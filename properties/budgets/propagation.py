@@ -238,6 +238,15 @@ class Propagation(Arithmetic[Estimate]):
         )
         return self._checked(value, certain, variance, singular if a.lost is None else singular | a.lost)
 
+    def log1p(self, a: Estimate) -> Estimate:
+        """By a function of its own, of a ≥ 0: d log(1 + a) = da / (1 + a), and a few u."""
+        u, value = self.r.elementwise, torch.log1p(a.value)
+        below = 1.0 + a.value - a.bound
+        singular = below <= 0
+        certain = a.bound / below.clamp(min=5e-324) + 4.0 * u * value.abs() + self.r.accumulate_tiny
+        variance = a.spread / (1.0 + a.value).square().clamp(min=5e-324) + (2.0 * u * value).square() / 3.0
+        return self._checked(value, certain, variance, singular if a.lost is None else singular | a.lost)
+
     def tanh(self, a: Estimate) -> Estimate:
         """Through an exponential: 1-Lipschitz in its argument, with an error of a few u of its own."""
         u, value = self.r.elementwise, torch.tanh(a.value)

@@ -12,16 +12,22 @@ from attnproof.properties.families.delta import DELTA
 from attnproof.properties.families.differential import DIFFERENTIAL
 from attnproof.properties.families.easy import EASY
 from attnproof.properties.families.gated_linear import GATED_LINEAR
+from attnproof.properties.families.h3 import H3
 from attnproof.properties.families.linear import LINEAR
 from attnproof.properties.families.logsumexp import LOGSUMEXP
 from attnproof.properties.families.mlstm import MLSTM
+from attnproof.properties.families.prefix_scan import PREFIX_SCAN
 from attnproof.properties.families.relu import RELU
 from attnproof.properties.families.retention import RETENTION
+from attnproof.properties.families.rwkv4 import RWKV4
 from attnproof.properties.families.rwkv6 import RWKV6
 from attnproof.properties.families.scaled_head import SCALED_HEAD
+from attnproof.properties.families.selective_scan import SELECTIVE_SCAN
 from attnproof.properties.families.sigmoid import SIGMOID
 from attnproof.properties.families.softmax import SOFTMAX
 from attnproof.properties.families.softmax_rows import SOFTMAX_ROWS
+from attnproof.properties.families.ssd import SSD
+from attnproof.properties.families.ssm import SSM
 
 __all__ = ["FAMILIES", "Budget", "Family", "Problem", "Reference", "family_of"]
 
@@ -43,6 +49,12 @@ FAMILIES: dict[str, Family] = {
         RWKV6,
         MLSTM,
         DELTA,
+        SSM,
+        H3,
+        SELECTIVE_SCAN,
+        SSD,
+        PREFIX_SCAN,
+        RWKV4,
     )
 }
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
+from attnproof.properties.budgets.additive_state import ComputedErrors
 from attnproof.properties.budgets.base import dtype_name
 from attnproof.properties.budgets.propagation import Estimate, Propagation
 from attnproof.properties.budgets.rounding import Roundings
@@ -69,10 +70,12 @@ class AdditiveStateProblem(Problem):
     given: tuple[str, ...]
 
     row_shape = (1,)
+    read: ClassVar[str] = "o"
+    """The name of what positions read."""
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """o, and the final states where they are returned."""
+        """What is read, and the final states where they are returned."""
         return self.returned
 
     @property
@@ -123,7 +126,7 @@ class AdditiveStateProblem(Problem):
 
     def shape(self, output: str) -> tuple[int, ...]:
         """O (B, H, N, E), state (S, H, F, E), z (S, H, F)."""
-        if output == "o":
+        if output == self.read:
             return (*self.q.shape[:3], self.v.shape[3])
         states = (len(self.sequences), self.q.shape[1], self.features)
         return states if output == "z" else (*states, self.v.shape[3])
@@ -137,6 +140,29 @@ class AdditiveStateProblem(Problem):
     def log_decays(self, a: Arithmetic[V], g: torch.Tensor) -> V:
         """The gates (B, H, C, n, W) of positions whose ``g`` has that shape."""
         return a.exact(g)
+
+    def widened(self, r: Roundings, power: int) -> AdditiveStateProblem:
+        """The problem with computed operands and gates as large as a kernel may have them.
+
+        ``power`` 1 is for sums of absolute values with all errors, 2 for sums of squares.
+        """
+        return self
+
+    def computed(self, r: Roundings) -> ComputedErrors:
+        """What a kernel adds to the errors of a term by computing operands that are no inputs."""
+        return ComputedErrors()
+
+    def healthy(self, r: Roundings) -> Roundings:
+        """The roundings that healthy kernels make use of, for probable errors; certain ones are of ``r``."""
+        return r
+
+    def value_sizes(self) -> torch.Tensor:
+        """The largest numbers that meet rounded weights in place of v, float64 (B, H, N, E)."""
+        return self.v.double().abs()
+
+    def underflow_factor(self, gradient: str) -> float:
+        """By how much more than the largest q, k and v a gradient may magnify what underflows."""
+        return 1.0
 
     # Parts: the whole batch, or one packed sequence.
 
@@ -239,14 +265,14 @@ class AdditiveStateProblem(Problem):
             a, unknown(a, reads, self.rows), self.states_joined(a, [x.final for x in blocks])
         )
         if gauges:
-            for name, size in zip(("o", "state"), absolute_sizes(self), strict=True):
+            for name, size in zip((self.read, "state"), absolute_sizes(self), strict=True):
                 if name in self.outputs:
                     result[f"gauge:{name}"] = a.exact(size.nan_to_num(0.0, 0.0))
         return result
 
     def results(self, a: Arithmetic[V], reads: V, final: V) -> dict[str, V]:
         """The outputs by name, of what is read (scaled) and the final states."""
-        return {"o": reads} | ({"state": final} if "state" in self.outputs else {})
+        return {self.read: reads} | ({"state": final} if "state" in self.outputs else {})
 
     def pulled(self, a: Arithmetic[V], x: V, gradient: V, power: int = 0) -> V:
         """The gradient by x of a gradient by the mapped x.
@@ -259,7 +285,7 @@ class AdditiveStateProblem(Problem):
         self, a: Arithmetic[V], part: int | None, cotangents: Mapping[str, torch.Tensor]
     ) -> list[tuple[AdditiveStateProblem, V, V]]:
         """Recurrences of one part with the cotangents of their reads (B, H, C, n, E) and final states."""
-        do = cotangents.get("o", torch.zeros(self.shape("o")))
+        do = cotangents.get(self.read, torch.zeros(self.shape(self.read)))
         dfinal = cotangents.get("state", torch.zeros(self.shape("state")))
         reads = a.scaled(a.exact(self.cut(part, do)), self.scale)
         return [(self, reads, a.exact(self.states_of(part, dfinal)))]
@@ -268,7 +294,7 @@ class AdditiveStateProblem(Problem):
         self, r: Roundings, cotangents: Mapping[str, torch.Tensor]
     ) -> list[tuple[AdditiveStateProblem, Estimate, torch.Tensor]]:
         """The same for all parts, reads' cotangents with the errors that a kernel makes in them."""
-        do = cotangents.get("o", torch.zeros(self.shape("o"))).double() * self.scale
+        do = cotangents.get(self.read, torch.zeros(self.shape(self.read))).double() * self.scale
         return [(self, Estimate(do), cotangents.get("state", torch.zeros(self.shape("state"))).double())]
 
     def differentiate(
@@ -326,13 +352,15 @@ class AdditiveStateProblem(Problem):
         """Σ|q||k|e^Δ|v|, channel by channel; of o, scaled, and ∞ in rows that are not judged."""
         bound = reference.get(f"gauge:{output}", reference[output])
         gauge = (bound.value.abs() - bound.radius).clamp(min=0.0)
-        if output != "o":
-            return gauge
-        return torch.where(unsampled(self.rows, self.q.shape[2]), torch.inf, gauge)
+        return gauge if output != self.read else torch.where(self.unjudged(), torch.inf, gauge)
+
+    def unjudged(self) -> torch.Tensor:
+        """Positions of long calls that are not judged, bool, broadcastable to what is read."""
+        return unsampled(self.rows, self.q.shape[2])
 
     def closed_elements(self, output: str) -> torch.Tensor:
         """Elements of an output that see a non-finite input."""
-        return broadcast_mask(self.closed if output == "o" else self.closed_states, self.shape(output))
+        return broadcast_mask(self.closed if output == self.read else self.closed_states, self.shape(output))
 
     def estimates(self, r: Roundings) -> dict[str, Estimate]:
         """What a kernel with roundings ``r`` may make of the outputs, before they are stored."""
@@ -348,9 +376,8 @@ class AdditiveStateProblem(Problem):
         budgets = {}
         for name, estimate in self.estimates(Roundings.of(contract, dtype)).items():
             exact, closed = reference[name].value, self.closed_elements(name)
-            if name == "o":
-                left = unsampled(self.rows, self.q.shape[2])
-                budget = sampled_budget(estimate, exact, contract, dtype, closed, left)
+            if name == self.read:
+                budget = sampled_budget(estimate, exact, contract, dtype, closed, self.unjudged())
                 tainted = self.sequences.rows_of_states(self.closed_states)
                 budgets[name] = with_leaks(budget, contract, broadcast_mask(tainted, self.shape(name)))
             else:
@@ -373,7 +400,7 @@ class AdditiveStateProblem(Problem):
 
     def vacuity(self, reference: Mapping[str, Enclosure], budgets: Mapping[str, Budget]) -> list[str]:
         """Whether zeros would pass, or in every row the mean of the values seen so far."""
-        budget, o = budgets["o"], reference["o"].value
+        budget, o = budgets[self.read], reference[self.read].value
         judged = ~budget.open
         if not judged.any():
             return ["accuracy: nothing to judge"]
@@ -382,7 +409,7 @@ class AdditiveStateProblem(Problem):
             v = self.sequences.part(part, self.v).double()
             counts = torch.arange(1, v.shape[2] + 1, dtype=torch.float64)[:, None]
             means.append(v.cumsum(2) / counts)
-        mean = self.sequences.joined(means, self.v.double())
+        mean = self.sequences.joined(means, self.v.double()).reshape(o.shape)
         return [
             f"accuracy: {what} is within the budget of every element"
             for other, what in ((torch.zeros_like(o), "zero"), (mean, "the mean of the values so far"))
@@ -391,7 +418,7 @@ class AdditiveStateProblem(Problem):
 
     def explain_row(self, output: str, row: tuple[int, ...]) -> str:
         """Which position of which sequence, or which row of which state."""
-        if output != "o":
+        if output != self.read:
             s, head, *rest = row
             of = f", key channel {rest[0]}" if rest else ""
             start, stop = self.sequences.segments[s][1:]

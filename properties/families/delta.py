@@ -28,7 +28,7 @@ from attnproof.properties.budgets.base import dtype_name
 from attnproof.properties.budgets.delta import DeltaErrors, DeltaLanes
 from attnproof.properties.budgets.propagation import Estimate
 from attnproof.properties.budgets.rounding import Roundings
-from attnproof.properties.budgets.stored import stored_budget, with_leaks
+from attnproof.properties.budgets.stored import sampled_budget, with_leaks
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.arguments import finite, number
 from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
@@ -40,6 +40,7 @@ from attnproof.properties.families.sequences import (
     flag,
     state_dtype,
 )
+from attnproof.properties.families.state_layout import sampled_rows, unsampled
 
 __all__ = ["DELTA", "DeltaProblem"]
 
@@ -56,6 +57,7 @@ class DeltaProblem(Problem):
         with_state: whether the final states are an output.
         closed_rows: bool (B, H, N), rows that see a non-finite input; closed_states: bool (S, H).
         spoiled: whether any input holds NaN or an infinity that is no gate of −inf.
+        rows: int64, the positions of long calls that are judged; None where all are.
     """
 
     q: torch.Tensor
@@ -70,6 +72,7 @@ class DeltaProblem(Problem):
     closed_rows: torch.Tensor
     closed_states: torch.Tensor
     spoiled: bool
+    rows: torch.Tensor | None
 
     row_shape = (1,)
 
@@ -80,7 +83,9 @@ class DeltaProblem(Problem):
 
     @property
     def differentiated(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Inputs that were given."""
+        """Inputs that were given; none of a long call, which is judged forward only."""
+        if self.rows is not None:
+            return ()
         names = ("q", "k", "v", "beta", "g", "initial_state")
         return tuple(name for name in names if getattr(self, name) is not None)
 
@@ -126,7 +131,15 @@ class DeltaProblem(Problem):
             g=None if self.g is None else self._lanes(self.g),
             initial=state.detach().double().flatten(0, 1),
             scale=self.scale,
+            rows=self._judged_offsets(),
         )
+
+    def _judged_offsets(self) -> torch.Tensor | None:
+        """Offsets in their sequences of the rows that are judged."""
+        if self.rows is None or not self.sequences.packed:
+            return self.rows
+        offset = torch.tensor(self._places()[1], dtype=torch.int64)
+        return torch.tensor(sorted(set(offset[self.rows].tolist())), dtype=torch.int64)
 
     def _lanes(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, N, …) as (S·H, longest sequence, …), float64, zeros after the ends."""
@@ -228,9 +241,12 @@ class DeltaProblem(Problem):
         return torch.zeros(1, dtype=torch.bool)
 
     def gauge(self, output: str, reference: Mapping[str, Enclosure]) -> torch.Tensor:
-        """A lower bound of Σ_s |w_ts||v_s|, the initial state's part included."""
+        """A lower bound of Σ_s |w_ts||v_s|, the initial state's part included; ∞ in rows not judged."""
         bound = reference.get(f"gauge:{output}", reference[output])
-        return (bound.value.abs() - bound.radius).clamp(min=0.0)
+        gauge = (bound.value.abs() - bound.radius).clamp(min=0.0)
+        if output != "o":
+            return gauge
+        return torch.where(unsampled(self.rows, self.q.shape[2]), torch.inf, gauge)
 
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
         """Of o and the final states; see ``budgets.delta``."""
@@ -243,7 +259,10 @@ class DeltaProblem(Problem):
         budgets = {}
         for name, estimate in estimates.items():
             closed = broadcast_mask(self.closed_rows if name == "o" else self.closed_states, self.shape(name))
-            budgets[name] = stored_budget(estimate, reference[name].value, contract, stored[name], closed)
+            exact = reference[name].value
+            left = unsampled(self.rows, self.q.shape[2])
+            left = left if name == "o" else torch.zeros(1, dtype=torch.bool)
+            budgets[name] = sampled_budget(estimate, exact, contract, stored[name], closed, left)
         tainted = broadcast_mask(self.sequences.rows_of_states(self.closed_states), self.shape("o"))
         return {**budgets, "o": with_leaks(budgets["o"], contract, tainted)}
 
@@ -514,6 +533,7 @@ class DeltaFamily(Family):
             closed_rows=closed,
             closed_states=states,
             spoiled=bool(closed.any() | states.any()),
+            rows=sampled_rows(sequences.length, sequences.segments),
         )
 
 

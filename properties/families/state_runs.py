@@ -53,26 +53,45 @@ class StateRuns:
 
     def errors(self, *, backward: bool) -> StepErrors:
         """Relative errors of a term."""
-        p = self.problem
-        feature = p.feature_error(self.r)
+        found, r = self._errors(self.r, backward=backward), self.problem.healthy(self.r)
+        if r is self.r:
+            return found
+        lean = self._errors(r, backward=backward)
+        return replace(found, fixed=lean.fixed, moving=lean.moving, shared=lean.shared)
+
+    def _errors(self, r: Roundings, *, backward: bool) -> StepErrors:
+        p, computed = self.problem, self.problem.computed(r)
+        feature = p.feature_error(r)
         plain = p.g is None and not feature
         length = p.q.shape[2]
         terms = p.features + (length if p.g is None or p.constant else min(length, CHUNK)) + 8
-        stored = self.r.probabilities
-        return StepErrors.of(
-            self.r,
+        stored = r.probabilities
+        errors = StepErrors.of(
+            r,
             gated=p.g is not None and not p.constant,
-            rounded=(1 if plain else 2) + int(backward),
-            stored=max(stored, self.r.storage("dscores")[0]) if backward else stored,
+            rounded=(1 if plain else 2) + int(backward) + computed.rounded,
+            stored=max(stored, r.storage("dscores")[0]) if backward else stored,
             feature=2.0 * feature,
             terms=terms,
         )
+        return replace(
+            errors,
+            factor=errors.factor * computed.factor,
+            fixed=errors.fixed + computed.fixed,
+            moving=errors.moving + computed.moving,
+        )
+
+    def _problem(self, kind: Kind) -> AdditiveStateProblem:
+        """The problem whose operands a kind of evaluation takes."""
+        wide = _POWER[kind] == 2 or kind == "raised"
+        return self.problem.widened(self.r, _POWER[kind]) if wide else self.problem
 
     def blocks(
         self, part: int | None, kind: Kind, errors: StepErrors
     ) -> Blocks[torch.Tensor] | Whole[torch.Tensor]:
         """The recurrence of one part on changed operands."""
-        a, p, operands = Float64(), self.problem, self.problem.operands(Float64(), part)
+        a, p = Float64(), self._problem(kind)
+        operands = p.operands(a, part)
         operands = _changed(operands, _CHANGE[_POWER[kind]])
         if _POWER[kind] == 2:
             operands = _each_write(operands, _with_doubled_gates)
@@ -108,9 +127,11 @@ class StateRuns:
             factor = (p.scale, abs(p.scale), p.scale**2)[_POWER[kind]]
             reads[kind] = factor * p.rows_joined(a, [x.reads() for x in blocks])
             finals[kind] = p.states_joined(a, [x.final for x in blocks])
+        tiny, r = self._underflow(), p.healthy(self.r)
+        lean = tiny if r is self.r else replace(self, r=r)._underflow()
         of_reads, of_final = (
-            estimate(_runs(found), errors, self.r, tiny)
-            for found, tiny in zip((reads, finals), self._underflow(), strict=True)
+            estimate(_runs(found), errors, self.r, *lost)
+            for found, *lost in zip((reads, finals), tiny, lean, strict=True)
         )
         over = self._overflow()
         lost = over if of_reads.lost is None else of_reads.lost | over
@@ -131,15 +152,19 @@ class StateRuns:
                     final = _CHANGE[_POWER[kind]](problem.states_of(part, dfinal))
                     pieces.append(blocks.gradients(problem.cut(part, _of_kind(do, kind)), final))
                 parts.append(pieces)
-            for name, x in p.gathered(a, parts, _POWER[kind]).items():
+            for name, x in self._problem(kind).gathered(a, parts, _POWER[kind]).items():
                 found.setdefault(name, {})[kind] = x
         tiny = self._gradient_underflow(found)
-        result = {name: estimate(_runs(kinds), errors, self.r, tiny[name]) for name, kinds in found.items()}
+        lean = replace(self, r=p.healthy(self.r))._gradient_underflow(found)
+        result = {
+            name: estimate(_runs(kinds), errors, self.r, tiny[name], lean[name])
+            for name, kinds in found.items()
+        }
         if any(do.lost is not None and bool(do.lost.any()) for _, do, _ in asked):
             for name, known in result.items():
                 result[name] = replace(known, lost=torch.ones_like(known.value, dtype=torch.bool))
-        if "dg" in result:
-            result["dg"] = wider(result["dg"], self._closed_form(result, cotangents))
+        if "g" in p.given:
+            result["dg"] = wider(result["dg"], self.closed_form(result, cotangents))
         return result
 
     def _underflow(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +181,7 @@ class StateRuns:
         for part in p.parts():
             q, k, v = (p.part_of(part, x).double() for x in (p.q, p.k, p.v))
             asked = p.mapped(a, q).abs().sum(-1, keepdim=True)
-            value = v.abs().cumsum(2)
+            value = p.part_of(part, p.value_sizes()).cumsum(2)
             written = (p.mapped(a, k).abs().sum(-1, keepdim=True) * v.abs()).cumsum(2)
             start = self._initial(part).abs()
             initial = start.sum(2, keepdim=True)
@@ -198,9 +223,12 @@ class StateRuns:
         if unit < 2.0**-100:
             # Formats with the exponents of float32: nothing of ordinary size comes near.
             count = count * p.q.shape[2]
-        return {name: torch.full(shape, unit * size * count).double() for name, shape in shapes.items()}
+        return {
+            name: torch.full(shape, unit * size * count * p.underflow_factor(name)).double()
+            for name, shape in shapes.items()
+        }
 
-    def _closed_form(self, found: Mapping[str, Estimate], cotangents: Mapping[str, torch.Tensor]) -> Estimate:
+    def closed_form(self, found: Mapping[str, Estimate], cotangents: Mapping[str, torch.Tensor]) -> Estimate:
         """dg by GLA-4 in the accumulation's precision: Σ_{s≥t} (q_s∘dq_s − k_s∘dk_s) + Σ_e S_N∘dS_N.
 
         A kernel sums products of numbers that it has computed with the errors of dq and dk.
@@ -216,7 +244,8 @@ class StateRuns:
         final = torch.zeros(len(p.sequences), p.q.shape[1], p.features)
         bound, spread = final.double(), final.double()
         if bool(cotangents.get("state", torch.zeros(1)).any()):
-            state, ds = self.forward()[1], cotangents["state"].double()
+            state = self.forward()[1]
+            ds = cotangents["state"].double().reshape(state.value.shape)
             bound = (state.bound * ds.abs() + growth(terms, u) * state.size * ds.abs()).sum(-1)
             spread = (state.spread * ds.square() + (u * state.value * ds).square()).sum(-1)
         sums = []

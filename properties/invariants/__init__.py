@@ -114,10 +114,8 @@ _GENERIC: Mapping[str, tuple[str, ...]] = {
     ),
     "easy": _LEFT_ALONE,
 }
-_CARRIED = (
-    *("batch-independence", "packed-sequences", "causal-future", "value-linearity", "zero-state"),
-    *("length-padding", "determinism"),
-)
+_ALONG = ("batch-independence", "causal-future", "value-linearity", "length-padding", "determinism")
+_CARRIED = (*_ALONG, "packed-sequences", "zero-state")
 # Retention's decay is another for each head, so that no head can be alone.
 _OF_STATES: Mapping[str, tuple[str, ...]] = {
     "linear": (*_CARRIED, "head-independence"),
@@ -130,6 +128,13 @@ _OF_STATES: Mapping[str, tuple[str, ...]] = {
         "head-independence",
     ),
     "delta": (*_CARRIED, "head-independence", "closed-gate"),
+    "ssm": (*_CARRIED, "head-independence"),
+    "selective_scan": (*_CARRIED, "head-independence"),
+    # Heads of a group read one key.
+    "ssd": _CARRIED,
+    "h3": (*_ALONG, "head-independence"),
+    "prefix_scan": (*_ALONG, "head-independence", "zero-state"),
+    "rwkv4": (*_ALONG, "head-independence", "zero-state"),
 }
 _ALL = {**SYMMETRIES, **ISOLATION, **GRADIENTS}
 _RECIPES: Mapping[str, Mapping[str, Recipe]] = {

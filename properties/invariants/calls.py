@@ -53,7 +53,7 @@ Selects = tuple[Select | None, Select | None]
 
 
 # Options that are tensors of the inputs' dtype, which have a gradient.
-_PARAMETERS = ("bias", "sinks", "beta")
+_PARAMETERS = ("bias", "sinks", "beta", "z", "delta_bias")
 _LAID_OUT = (*_PARAMETERS, "alibi_slopes")
 # Longer calls than this (B·H·M·N·(D + E) multiplications) are not made longer still: twice what a planned
 # case takes at most.
@@ -102,13 +102,17 @@ def case_of(case: Case, inputs: Inputs, view: str) -> Case:
     sizes: dict[str, int] = {}
     for name, tensor in inputs.tensors.items():
         for axis, size in zip(case.axes_of(name) or (), tensor.shape, strict=True):
+            if axis == "2":
+                continue
             sizes[axis.removeprefix("2")] = size // 2 if axis.startswith("2") else size
     options = {name: _as_option(inputs.options.get(name)) for name in form.options}
-    for name in ("sinks", "beta", "alibi_slopes", "initial_state"):
+    for name in ("sinks", "beta", "alibi_slopes", "initial_state", *form.keywords):
         if options.get(name) is not None:
             options[name] = True
     if form.stateful:
-        options["gate"] = case.option("gate") if "gate" in form.options else None
+        for name in ("gate", "complex", "skip"):
+            options[name] = case.option(name) if name in form.options else None
+        options["delta_softplus"] = inputs.options.get("delta_softplus") or None
         options["causal"] = "off" if inputs.options.get("causal") is False else None
         options["normalize"] = inputs.options.get("normalize") or None
     if options.get("pool") == (1,) * sizes.get("H", 0) and case.option("pool") is None:
@@ -134,6 +138,7 @@ def differentiated(inputs: Inputs) -> tuple[str, ...]:
     """Names of the inputs that have a gradient."""
     given = inputs.options
     states = given.get("initial_state")
+    # Of the families with tuples of states those of linear attention alone have gradients.
     initial = ("initial_state", "initial_z")[
         : len(states) if isinstance(states, tuple) else states is not None
     ]
@@ -316,7 +321,7 @@ def affordable(case: Case, factor: int = 1) -> bool:
     """Whether a call of ``factor`` times the case's work is quick."""
     sizes = case.sizes
     rows = sizes.get("M", sizes["N"])
-    work = sizes["B"] * sizes["H"] * rows * sizes["N"] * (sizes.get("D", 0) + sizes["E"])
+    work = sizes["B"] * sizes["H"] * rows * sizes["N"] * (sizes.get("D", 0) + sizes.get("E", 1))
     return bool(work * factor <= _MOST_WORK)
 
 

@@ -40,15 +40,18 @@ from attnproof.properties.signatures import SIGNATURES
 __all__ = ["STATES"]
 
 _TILE = 128
+_LINEAR_STATES: Mapping[str, tuple[str, ...]] = {"prefix_scan": ("w",), "rwkv4": ("a",)}
+# States that are a maximum, of nothing at first.
+_MAXIMA = (("prefix_scan", "m"), ("rwkv4", "p"))
 Change = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def _axes(case: Case, name: str) -> tuple[str, ...]:
     """The symbols of the axes of an input or an output, of the gradient of an input, or of a cotangent."""
-    form = SIGNATURES[case.family]
+    form, states = SIGNATURES[case.family], case_states(case)
     state = name.removeprefix("initial_")
-    if state in form.states:
-        return form.states[state]
+    if state in states:
+        return states[state]
     return form.outputs[name] if name in form.outputs else case.axes_of(name) or ()
 
 
@@ -66,6 +69,9 @@ def _along(case: Case, inputs: Inputs, symbols: str, change: Change) -> Inputs:
         changes["initial_state"] = tuple(apply(f"initial_{name}", x) for name, x in named)
     elif states is not None:
         changes["initial_state"] = apply("initial_state", states)
+    for name in SIGNATURES[case.family].keywords:
+        if inputs.options.get(name) is not None:
+            changes[name] = apply(name, inputs.options[name])
     cotangents = {name: apply(name, x) for name, x in inputs.cotangents.items()}
     return changed(inputs, **changes, cotangents=cotangents)
 
@@ -93,7 +99,8 @@ def _alone(symbols: str, words: str) -> Recipe:
     symbol = symbols[0]
 
     def fits(case: Case, contract: Contract) -> bool:
-        return case[symbol] > 1 and not (symbol == "B" and case.option("cu_seqlens"))
+        grouped = symbol == "H" and "G" in case.sizes
+        return case[symbol] > 1 and not grouped and not (symbol == "B" and case.option("cu_seqlens"))
 
     def build(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         index = choice(case, f"{words}-independence", 0, case[symbol])
@@ -154,7 +161,8 @@ def _causal_future(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         axes = _axes(case, name)
         if "N" not in axes or name == "g":
             continue
-        other = far_values(tensor) if name in "qkv" else tensor.flip(axes.index("N"))
+        free = name in (*"qkv", _linear_input(case))
+        other = far_values(tensor) if free else tensor.flip(axes.index("N"))
         place = (torch.arange(case["N"]) >= r).reshape([-1 if s == "N" else 1 for s in axes])
         later[name] = torch.where(place, other, tensor)
     without = changed(inputs, cotangents={})
@@ -165,22 +173,39 @@ def _causal_future(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     )
     before = rows_from(0, r, 2)
     exact = contract.causality == "exact"
-    return Plan(calls, (same("o", before, before, bitwise=exact),))
+    names = SIGNATURES[case.family].outputs
+    return Plan(calls, tuple(same(name, before, before, bitwise=exact) for name in names))
 
 
 def _without_state(case: Case, contract: Contract) -> bool:
     return not case.option("initial_state")
 
 
+def _linear_input(case: Case) -> str:
+    """The name of the input in which the family is linear, from no state."""
+    return SIGNATURES[case.family].values
+
+
+def _linear_outputs(case: Case, inputs: Inputs) -> list[str]:
+    """Outputs and states that are linear in it; the others do not depend on it."""
+    linear = (*SIGNATURES[case.family].outputs, "state", *_LINEAR_STATES.get(case.family, ()))
+    return [name for name in outputs_of(case, inputs) if name in linear]
+
+
 def _value_linearity(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     """Positive less negative values, from no state: outputs and states, but for those that v is not in."""
-    v = inputs.tensors["v"]
+    name = _linear_input(case)
+    v = inputs.tensors[name]
+    positive, negative = (
+        changed(inputs, **{name: v.clamp(min=0)}),
+        changed(inputs, **{name: (-v).clamp(min=0)}),
+    )
     calls = (
         as_it_is(case, inputs),
-        attention_call(case, "the positive part of v", changed(inputs, v=v.clamp(min=0)), familiar=False),
-        attention_call(case, "the negative part of v", changed(inputs, v=(-v).clamp(min=0)), familiar=False),
+        attention_call(case, f"the positive part of {name}", positive, familiar=False),
+        attention_call(case, f"the negative part of {name}", negative, familiar=False),
     )
-    linear = [name for name in outputs_of(case, inputs) if name in ("o", "state")]
+    linear = _linear_outputs(case, inputs)
     return Plan(calls, tuple(Balance((Term(0, y, -1.0), Term(1, y), Term(2, y, -1.0))) for y in linear))
 
 
@@ -191,10 +216,21 @@ def _may_begin(case: Case, contract: Contract) -> bool:
 def _zero_state(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     """An initial state of 0 is none."""
     wide = torch.float64 if case.dtype == "float64" else torch.float32
-    shapes = [SIGNATURES[case.family].shape(axes, case.all_sizes) for axes in case_states(case).values()]
-    zeros = tuple(torch.zeros(shape, dtype=wide) for shape in shapes)
+    zeros = tuple(
+        torch.full(
+            SIGNATURES[case.family].shape(axes, case.all_sizes),
+            -torch.inf if (case.family, name) in _MAXIMA else 0.0,
+            dtype=wide,
+        )
+        for name, axes in case_states(case).items()
+    )
+    base = as_it_is(case, inputs)
+    if any(family == case.family for family, _ in _MAXIMA):
+        # Judged forward only where there is a state.
+        inputs = changed(inputs, cotangents={})
+        base = attention_call(case, "the case, without gradients", inputs)
     given = changed(inputs, initial_state=zeros if len(zeros) > 1 else zeros[0])
-    calls = (as_it_is(case, inputs), attention_call(case, "from a state of 0", given))
+    calls = (base, attention_call(case, "from a state of 0", given))
     return Plan(calls, (*all_same(case, inputs), *same_gradients(inputs, every_gradient(inputs))))
 
 
@@ -244,19 +280,25 @@ def _length_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan:
             return tensor
         axis = axes.index("N")
         last = tensor.index_select(axis, torch.arange(more) % n)
-        held = torch.full_like(last, filler[name]) if name in filler else far_values(last)
-        return torch.cat([tensor, held], axis)
+        free = name in (*"qkv", _linear_input(case))
+        held = far_values(last) if free else last
+        return torch.cat([tensor, torch.full_like(last, filler[name]) if name in filler else held], axis)
 
     longer = {name: appended(name, tensor) for name, tensor in inputs.tensors.items()}
+    for name in SIGNATURES[case.family].keywords:
+        if inputs.options.get(name) is not None:
+            longer[name] = appended(name, inputs.options[name])
     plain, longer_inputs = changed(inputs, cotangents={}), changed(inputs, **longer, cotangents={})
     calls = (
         attention_call(case, "the case, without gradients", plain),
         attention_call(case, f"{more} positions appended that write nothing", longer_inputs, familiar=False),
     )
     own = rows_from(0, n, 2)
-    # Retention forgets at every step, and mLSTM's maximum moves with the gates.
-    kept = [y for y in outputs_of(case, inputs) if y == "o" or case.family not in ("retention", "mlstm")]
-    selects: dict[str, Select | None] = {"o": own}
+    # Others forget at every step, write whatever they get, or have a maximum that moves with the gates.
+    keeps = case.family in ("linear", "gated_linear", "rwkv6", "delta")
+    outputs = SIGNATURES[case.family].outputs
+    kept = [y for y in outputs_of(case, inputs) if y in outputs or keeps]
+    selects: dict[str, Select | None] = dict.fromkeys(outputs, own)
     return Plan(calls, tuple(same(name, None, selects.get(name)) for name in kept))
 
 
@@ -266,20 +308,22 @@ def _deterministic(case: Case, contract: Contract) -> bool:
 
 def _determinism(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     """v and the state of the opposite sign negate every output made of them, and gradients but theirs."""
-    states = inputs.options.get("initial_state")
-    opposite: dict[str, Any] = {"v": -inputs.tensors["v"]}
+    states, v = inputs.options.get("initial_state"), _linear_input(case)
+    opposite: dict[str, Any] = {v: -inputs.tensors[v]}
+    linear = ("state", *_LINEAR_STATES.get(case.family, ()))
     if isinstance(states, tuple):
-        opposite["initial_state"] = (-states[0], *states[1:])
+        named = zip(case_states(case), states, strict=True)
+        opposite["initial_state"] = tuple(-x if name in linear else x for name, x in named)
     elif states is not None:
         opposite["initial_state"] = -states
     turned = {name: -x if name == "z" else x for name, x in inputs.cotangents.items()}
     calls = (
         replace(as_it_is(case, inputs), repeat=True),
-        attention_call(case, "v and the state negated", changed(inputs, **opposite, cotangents=turned)),
+        attention_call(case, f"{v} and the state negated", changed(inputs, **opposite, cotangents=turned)),
         Call("the case once more, after a call with other values", case, inputs),
     )
-    kept = ("v", "initial_state")
-    negated = [name for name in outputs_of(case, inputs) if name in ("o", "state")]
+    kept = (v, "initial_state")
+    negated = _linear_outputs(case, inputs)
     negated += [f"d{name}" for name in differentiated(inputs) if inputs.cotangents and name not in kept]
     relations = (
         *all_same(case, inputs, call=2, bitwise=True),

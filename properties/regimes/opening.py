@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnproof.properties.case import Case
+from attnproof.properties.case import APART, Case
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes import REGIMES
+from attnproof.properties.regimes.opening_scans import SCAN_KINDS
 from attnproof.properties.signatures import COTANGENTS, FEATURE_MAPS, SIGNATURES
 from attnproof.properties.views import unit_last_stride
 
@@ -302,6 +303,8 @@ def _kinds(family: str) -> tuple[tuple[_Kind, ...], tuple[_Kind, ...], tuple[_Ki
     """Kinds tried in every dtype, in one each, and the larger ones."""
     if family == "easy":
         return _EASY_EVERY, _EASY_ONCE, _EASY_LARGER
+    if family in SCAN_KINDS:
+        return SCAN_KINDS[family]
     if SIGNATURES[family].stateful:
         return _STATE_EVERY, _STATE_ONCE, _STATE_LARGER
     if not SIGNATURES[family].attention:
@@ -331,7 +334,7 @@ class _Kernel:
             sizes = self._sizes(asked)
             allowed = {*self.options, *SIGNATURES[self.family].required}
             options = {name: value for name, value in wanted.items() if name in allowed}
-            plain = {name for name in wanted if name not in ("cotangents", "gate")}
+            plain = {name for name in wanted if name not in APART}
             lost = (set(wanted) - {"gate"} and not options) or (plain and not plain & set(options))
             if sizes is None or lost or regime not in REGIMES:
                 continue

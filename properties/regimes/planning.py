@@ -57,6 +57,8 @@ STATE_WIDTHS = ((16, 16), (64, 64), (32, 64), (5, 3), (64, 32), (16, 40), (128, 
 """(D, E) of families with a state, whose work grows with their product."""
 
 _POOLS = (2, 1, 3, 4, 7)
+# Taps of H3's short convolution, and poles of its diagonal state space.
+_OWN_SIZES = {"T": (4, 1, 3, 40), "P": (16, 4, 1, 7)}
 # Features of pairs of columns: D² of them.
 PAIRED_FEATURES = ("taylor", "squared")
 _WIDEST_PAIRED = 16
@@ -295,6 +297,7 @@ class _Planner:
             "feature_map": lambda: self._feature_map(sizes),
             "normalize": lambda: self._turn("normalize", (True, True, None)),
             "gate": lambda: self._turn("gate", ("head", "channel")),
+            "discretization": lambda: "zoh",
         }
         form = SIGNATURES[self.family]
         if form.stateful:
@@ -355,7 +358,10 @@ class _Planner:
 
     def _state_sizes(self, regime: Regime, chosen: tuple[str, ...], length: int, work: int) -> dict[str, int]:
         """Sizes with B·H·N·D·E and B·H·N²·D below ``work``."""
+        symbols = SIGNATURES[self.family].symbols
         width, value = self._turn("state width", STATE_WIDTHS) if self._unlimited else self._width(regime)
+        if "E" not in symbols:
+            value = 1
         batch = 1 if "cu_seqlens" in chosen else self._turn("batch", (2, 1, 3))
         heads = self._turn("heads", (1, 2, 3))
 
@@ -366,7 +372,18 @@ class _Planner:
             batch, heads = (batch - 1, heads) if batch > 1 else (batch, heads - 1)
         while too_much():
             length = self._rounded(length // 2)
-        return {"B": batch, "H": heads, "N": length, "D": width, "E": value}
+        return self._complete({"B": batch, "H": heads, "N": length, "D": width, "E": value})
+
+    def _complete(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The sizes that the family has, with those that are its own."""
+        symbols = SIGNATURES[self.family].symbols
+        own = {
+            symbol: self._turn(symbol, values) for symbol, values in _OWN_SIZES.items() if symbol in symbols
+        }
+        if "G" in symbols:
+            groups = [g for g in range(1, sizes["H"] + 1) if sizes["H"] % g == 0]
+            own["G"] = self._turn(f"groups of {sizes['H']}", groups)
+        return {symbol: {**sizes, **own}[symbol] for symbol in symbols}
 
     @property
     def _unlimited(self) -> bool:
@@ -399,7 +416,7 @@ class _Planner:
             width, value = (16, 32) if self._unlimited else self._width(REGIMES["normal"])
             rest = {"D": width, "E": value}
             few = ((1, 1, one), (1, 2, 0), (0, 2, 2), (2, 3, one), (1, 1, 2))
-            shapes = [{"B": b, "H": h, "N": n, **rest} for b, h, n in few]
+            shapes = [self._complete({"B": b, "H": h, "N": n, **rest}) for b, h, n in few]
         elif not SIGNATURES[self.family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((1, one), (2, 0), (0, 3), (3, one), (1, 2))]
         else:

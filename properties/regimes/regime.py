@@ -17,8 +17,8 @@ __all__ = ["ATTENTION_FAMILIES", "STATE_FAMILIES", "Builder", "Regime", "RegimeC
 ATTENTION_FAMILIES = tuple(name for name, form in SIGNATURES.items() if form.attention)
 """Families in which queries meet keys; their regimes are the same, but for options that some lack."""
 
-STATE_FAMILIES = tuple(name for name, form in SIGNATURES.items() if form.stateful)
-"""Families that carry a state along the sequence."""
+STATE_FAMILIES = ("linear", "gated_linear", "retention", "rwkv6", "mlstm", "delta")
+"""Families with queries, keys and values that carry a matrix along the sequence."""
 
 RegimeClass = Literal["plain", "tied", "extreme", "exact", "nonfinite", "real"]
 

@@ -305,7 +305,7 @@ STATES = (
     Regime(
         "correlated-keys",
         "nearly parallel keys with beta 2: the triangular system of a chunk is as ill-conditioned as can be",
-        "extreme",
+        "tied",
         _all(_changed(beta=_per_step(2.0), k=_correlated), *_DELTA),
     ),
     Regime(

@@ -21,6 +21,7 @@ from attnproof.kernels.examples.softmax_rows import division_free_softmax_rows, 
 from attnproof.kernels.logsumexp import logsumexp
 from attnproof.kernels.softmax import attention, attention_atomic, attention_split
 from attnproof.kernels.softmax_rows import softmax_rows
+from tests.quality import spills
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
@@ -42,6 +43,27 @@ def every_option(dtype: torch.dtype) -> dict[str, Any]:
         "sinks": torch.zeros(2, dtype=dtype),
         "bias": torch.zeros(64, 64, dtype=dtype),
     }
+
+
+SCANS = (
+    ("ssm", "scan, every option", "float16", 16, "gfx942"),
+    ("h3", "attention", "float16", 64, "sm_100"),
+    ("selective_scan", "scan, every option", "bfloat16", 16, "sm_80"),
+    ("ssd", "attention", "float16", 64, "sm_90"),
+    ("prefix_scan", "blelloch", "float16", 16, "sm_90"),
+    ("rwkv4", "attention", "bfloat16", 16, "gfx942"),
+)
+
+
+@pytest.mark.parametrize(("family", "form", "dtype", "width", "target"), SCANS, ids=str)
+def test_scans(family: str, form: str, dtype: str, width: int, target: str) -> None:
+    """Forward and backward of one form of each family; all of tests.quality.spills is too long for CI."""
+    (chosen,) = (x for x in spills.FAMILIES[family]() if x.name == form)
+    result = spills.compiled(family, chosen, dtype, width, target)
+    assert not result.faults
+    assert len({kernel.kernel for kernel in result.kernels}) >= 2
+    if family in ("ssd", "h3"):
+        assert any(kernel.matrix_instructions > 0 for kernel in result.kernels)
 
 
 def assert_no_spills(

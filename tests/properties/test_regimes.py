@@ -275,7 +275,11 @@ def test_every_regime_serves_every_size_and_option(regime: Regime) -> None:
             shapes = [{"B": b, "H": h, "N": n, "E": 3} for b, h, n in ((0, 1, 2), (1, 2, 0), (2, 3, 5))]
         elif SIGNATURES[family].stateful:
             few = ((0, 1, 2), (1, 2, 0), (2, 3, 5), (1, 1, 1))
-            shapes = [{"B": b, "H": h, "N": n, "D": 3, "E": 2} for b, h, n in few]
+            rest = {"G": 1, "D": 3, "E": 2, "T": 4, "P": 2}
+            shapes = [
+                {symbol: {"B": b, "H": h, "N": n, **rest}[symbol] for symbol in SIGNATURES[family].symbols}
+                for b, h, n in few
+            ]
         elif not SIGNATURES[family].attention:
             shapes = [{"R": r, "N": n} for r, n in ((0, 3), (3, 0), (1, 1), (2, 2))]
         for shape, option in itertools.product(shapes, [None, *OPTIONS[family]]):
@@ -285,6 +289,7 @@ def test_every_regime_serves_every_size_and_option(regime: Regime) -> None:
             options |= {"sinks": True} if needed == {"sinks"} else {}
             options |= {"causal": True} if "causal" in needed and "causal" in OPTIONS[family] else {}
             options |= {"band": 1} if "band" in needed and "band" in OPTIONS[family] else {}
+            options |= dict.fromkeys({"z", "delta_softplus"} & needed, True)
             values = {
                 "window": (1, 0),
                 "softcap": 2.0,
@@ -297,6 +302,7 @@ def test_every_regime_serves_every_size_and_option(regime: Regime) -> None:
                 "pool": (2,) * shape.get("H", 1),
                 "feature_map": "taylor",
                 "gate": "head",
+                "discretization": "zoh",
             }
             if SIGNATURES[family].stateful:
                 values["causal"] = "off"

@@ -12,6 +12,8 @@ cache keeps what was compiled, so that a second run, or one after a change of a 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,22 @@ from typing import Any, NamedTuple
 import torch
 
 from attnproof.emulator import CompiledKernel, compile_launches
-from attnproof.kernels import delta, gated_linear, linear, mlstm, retention, rwkv6
+from attnproof.kernels import (
+    delta,
+    gated_linear,
+    h3,
+    linear,
+    mlstm,
+    prefix_scan,
+    retention,
+    rwkv4,
+    rwkv6,
+    selective_scan,
+    ssd,
+    ssm,
+)
+from attnproof.properties.case import Case, make_inputs
+from attnproof.properties.signatures import SIGNATURES
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (16, 32, 64, 128)
@@ -43,6 +60,7 @@ class Form:
         options: its keywords.
         state: shapes of the initial state, likewise; nothing for a form that takes none.
         max_width: the widest head that it takes.
+        family: where the call is no (q, k, v, …): whose tensors a case makes, with the options ``asked``.
     """
 
     name: str
@@ -51,6 +69,8 @@ class Form:
     options: tuple[tuple[str, Any], ...] = ()
     state: tuple[tuple[str, ...], ...] = (("D", "D"),)
     max_width: int = WIDTHS[-1]
+    family: str = ""
+    asked: tuple[tuple[str, Any], ...] = ()
 
 
 def linear_forms() -> Iterator[Form]:
@@ -114,6 +134,42 @@ def delta_forms() -> Iterator[Form]:
             yield Form(f"{entry.__name__}, {gates}", entry, (("N",), shape), RETURNED)
 
 
+CARRIED = (("initial_state", True), ("return_state", True))
+# Of the families whose calls differ: forms, and the options of their cases.
+SCANS: dict[str, tuple[tuple[Callable[..., Any], ...], tuple[tuple[tuple[str, Any], ...], ...]]] = {
+    "ssm": (
+        (ssm.recurrent, ssm.scan, ssm.convolution),
+        ((("complex", True), ("skip", True), *CARRIED), CARRIED),
+    ),
+    "h3": ((h3.attention,), ((("complex", True), ("skip", True)),)),
+    "selective_scan": (
+        (selective_scan.scan, selective_scan.recurrent),
+        (
+            (
+                *(("skip", True), ("z", True), ("delta_bias", True), ("delta_softplus", True)),
+                *(("discretization", "zoh"), *CARRIED),
+            ),
+            CARRIED,
+        ),
+    ),
+    "ssd": ((ssd.attention, ssd.parallel, ssd.recurrent), ((("skip", True), *CARRIED),)),
+    "prefix_scan": (
+        (prefix_scan.attention, prefix_scan.recurrent, prefix_scan.hillis_steele, prefix_scan.blelloch),
+        ((),),
+    ),
+    "rwkv4": ((rwkv4.attention, rwkv4.recurrent), ((),)),
+}
+
+
+def scan_forms(family: str) -> Iterator[Form]:
+    """Every form with all options of the family, and with as few as it can have."""
+    entries, options = SCANS[family]
+    for entry, asked in itertools.product(entries, options):
+        words = "every option" if asked == options[0] and len(options) > 1 else ""
+        name = ", ".join(filter(None, (entry.__name__, words)))
+        yield Form(name, entry, family=family, asked=asked)
+
+
 FAMILIES: dict[str, Callable[[], Iterator[Form]]] = {
     "linear": linear_forms,
     "gated_linear": gated_forms,
@@ -121,6 +177,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Form]]] = {
     "rwkv6": rwkv6_forms,
     "mlstm": mlstm_forms,
     "delta": delta_forms,
+    **{family: functools.partial(scan_forms, family) for family in SCANS},
 }
 
 
@@ -153,7 +210,9 @@ def forward_and_backward(entry: Callable[..., Any], *tensors: torch.Tensor | Non
 
 
 def arguments(form: Form, dtype: torch.dtype, width: int) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
-    """Tensors and keywords of one call; no kernel runs, so that zeros do."""
+    """Tensors and keywords of one call; no kernel runs, so that values do not matter."""
+    if form.family:
+        return case_arguments(form, dtype, width)
     sizes = {"N": LENGTH, "D": width, "H": HEADS}
 
     def zeros(shape: tuple[str, ...], kind: torch.dtype) -> torch.Tensor:
@@ -166,6 +225,23 @@ def arguments(form: Form, dtype: torch.dtype, width: int) -> tuple[list[torch.Te
         states = tuple(zeros(shape, torch.float32) for shape in form.state)
         options["initial_state"] = states if len(states) > 1 else states[0]
     return [*(zeros(("N", "D"), dtype) for _ in range(3)), *beside], options
+
+
+def case_arguments(
+    form: Form, dtype: torch.dtype, width: int
+) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
+    """The tensors and keywords of a case of the family, all floating ones with a gradient."""
+    signature = SIGNATURES[form.family]
+    sizes = {"B": BATCH, "H": HEADS, "G": 1, "N": LENGTH, "D": width, "E": width, "T": 4, "P": 16}
+    shape = tuple((symbol, sizes[symbol]) for symbol in signature.symbols)
+    case = Case(form.family, str(dtype).removeprefix("torch."), shape, "normal", form.asked)
+    made = make_inputs(case)
+    options = {
+        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in made.options.items()
+    }
+    tensors = [made.tensors.get(name) for name in signature.tensors]
+    return [x if x is None else x.requires_grad_() for x in tensors], options
 
 
 def scan(

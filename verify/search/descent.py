@@ -116,5 +116,5 @@ def _identity(case: Case, inputs: Inputs | None) -> tuple[object, ...]:
     """What distinguishes one call from another."""
     if inputs is None:
         return (case.id,)
-    values = tuple(t.double().numpy().tobytes() for t in tensors_of(inputs).values())
+    values = tuple(t.double().numpy().tobytes() for t in tensors_of(case, inputs).values())
     return (replace(case, seed=0).id, inputs.options.get("scale"), values)

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from hypothesis.database import ExampleDatabase
 
-from attnproof.properties.case import Case, CaseError, Inputs, make_inputs
+from attnproof.properties.case import APART, Case, CaseError, Inputs, make_inputs
 from attnproof.properties.contract import Contract
 from attnproof.properties.signatures import SIGNATURES
 from attnproof.properties.views import lay_out, unit_last_stride
@@ -84,7 +84,7 @@ def _recalled(database: ExampleDatabase, target: str, contract: Contract) -> Ite
 def _takes(contract: Contract, case: Case) -> bool:
     """Whether a kernel under ``contract`` promises anything of ``case``."""
     form = SIGNATURES[case.family]
-    asked = {name for name, _ in case.options} - {"causal_alignment", "cotangents", "gate", *form.required}
+    asked = {name for name, _ in case.options} - {*APART, *form.required}
     strides = not contract.supports.last_stride_one or unit_last_stride(case.view, form.axes)
     return (
         case.dtype in contract.dtypes

@@ -71,7 +71,7 @@ def values_in_words(evidence: Evidence) -> tuple[str, ...]:
     if inputs is None:
         return ()
     lines = []
-    for name, tensor in tensors_of(inputs).items():
+    for name, tensor in tensors_of(evidence.case, inputs).items():
         places = (tensor != 0).nonzero().tolist()
         if not places:
             lines.append(f"{name}: all {tensor.numel()} entries are 0")

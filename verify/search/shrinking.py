@@ -17,10 +17,10 @@ import torch
 
 from attnproof.properties.case import Case, CaseError, Inputs
 from attnproof.properties.contract import Supports
+from attnproof.properties.signatures import SIGNATURES
 from attnproof.search.descent import Descent
 from attnproof.search.evidence import Evidence, Probe, kinds_of
 from attnproof.search.smaller_calls import (
-    RANK,
     ROUNDINGS,
     assembled,
     extents,
@@ -36,6 +36,8 @@ from attnproof.search.smaller_calls import (
 __all__ = ["shrink"]
 
 _DTYPES = ("float32", "float16", "bfloat16")
+# The order in which tensors are made plain where a family has them; its others follow.
+_SIMPLEST_FIRST = ("q", "k", "bias", "sinks", "beta", "lam", "alpha", "v", "x")
 _PATTERNS = ("1111", "111n", "11m1", "11mn")
 # Up to so many nonzero entries, each is zeroed and rounded by itself.
 _FEW = 24
@@ -265,7 +267,9 @@ class _Shrinker(Descent):
             return
         if not self._bold_values():
             self._cut()
-        for name in ("q", "k", "bias", "sinks", "beta", "lam", "alpha", "v", "x", "do", "dlse"):
+        form = SIGNATURES[self.case.family]
+        cotangents = tuple(f"d{name}" for name in form.outputs)
+        for name in dict.fromkeys((*_SIMPLEST_FIRST, *form.tensors, *form.keywords, *cotangents)):
             if name in self._tensors():
                 self._zero(name)
                 self._round(name)
@@ -273,10 +277,10 @@ class _Shrinker(Descent):
         if "scale" in self.best.inputs.options and self.best.inputs.options["scale"] != 1.0:
             inputs = self.best.inputs
             numbers = {**numbers_of(inputs), "scale": 1.0}
-            self.attempt(self.case, assembled(self.case, tensors_of(inputs), numbers))
+            self.attempt(self.case, assembled(self.case, tensors_of(self.case, inputs), numbers))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return tensors_of(self.best.inputs)
+        return tensors_of(self.case, self.best.inputs)
 
     def _put(self, **tensors: torch.Tensor) -> bool:
         """Try these values in place of the best call's."""
@@ -286,7 +290,7 @@ class _Shrinker(Descent):
     def _bold_values(self) -> bool:
         """A few calls so plain that they are worth a probe: everything 0 or 1 but the values."""
         tensors = self._tensors()
-        if "q" not in tensors:
+        if "q" not in tensors or "v" not in tensors:
             return False
         # A cotangent of 0 shows nothing.
         zeroed = [
@@ -314,7 +318,7 @@ class _Shrinker(Descent):
     def _without(self, axis: str, start: int, stop: int) -> tuple[Case, Inputs] | None:
         length = extents(self.case)[axis]
         rest = [i for i in range(length) if not start <= i < stop]
-        if not rest and axis in ("G", RANK, "D", "E"):
+        if not rest and axis not in ("B", "M", "N", "R"):
             return None
         return kept(self.case, self.best.inputs, {axis: rest})
 

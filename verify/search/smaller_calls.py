@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attnproof.properties.case import Case, Inputs, case_states
+from attnproof.properties.case import APART, Case, Inputs, case_states
 from attnproof.properties.contract import Supports
 from attnproof.properties.regimes.planning import PAIRED_FEATURES
 from attnproof.properties.signatures import FEATURE_MAPS, SIGNATURES
@@ -45,21 +45,22 @@ RANK = "H/G"
 """The axis of query heads that share one key/value head."""
 
 
-def tensors_of(inputs: Inputs) -> dict[str, torch.Tensor]:
+def tensors_of(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Every floating tensor of a call by name: positional, passed by keyword, cotangents as "do"."""
-    named = {name: inputs.options.get(name) for name in _BY_KEYWORD}
+    keywords = (*_BY_KEYWORD, *SIGNATURES[case.family].keywords)
+    named = {name: inputs.options.get(name) for name in keywords}
     cotangents = {f"d{name}": tensor for name, tensor in inputs.cotangents.items()}
     given = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
-    return {**inputs.tensors, **given, **_initial_states(inputs), **cotangents}
+    return {**inputs.tensors, **given, **_initial_states(case, inputs), **cotangents}
 
 
-def _initial_states(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The tensors "initial_state", and "initial_z" where the call is handed two."""
+def _initial_states(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The tensors "initial_" + state that the call is handed."""
     states = inputs.options.get("initial_state")
     if states is None:
         return {}
     held = states if isinstance(states, tuple) else (states,)
-    return dict(zip(("initial_state", "initial_z"), held, strict=False))
+    return {f"initial_{name}": state for name, state in zip(case_states(case), held, strict=True)}
 
 
 def numbers_of(inputs: Inputs) -> dict[str, float]:
@@ -89,7 +90,7 @@ def assembled(case: Case, tensors: Mapping[str, torch.Tensor], numbers: Mapping[
         options |= {"feature_map": FEATURE_MAPS[0], "normalize": False}
     states = case_states(case)
     for name, value in case.options:
-        if name in _BY_KEYWORD and name in laid:
+        if (name in _BY_KEYWORD or name in form.keywords) and name in laid:
             options[name] = laid[name]
         elif name == "cu_seqlens":
             options[name] = torch.tensor([0, *itertools.accumulate(value)], dtype=torch.int32)
@@ -98,7 +99,7 @@ def assembled(case: Case, tensors: Mapping[str, torch.Tensor], numbers: Mapping[
             options[name] = held if len(held) > 1 else held[0]
         elif value == "off":
             options[name] = False
-        elif name not in ("causal_alignment", "cotangents", "gate"):
+        elif name not in APART:
             options[name] = value
     asked = case.option("cotangents") is not None
     returned = {"lse": "return_lse", **dict.fromkeys(states, "return_state")}
@@ -114,7 +115,7 @@ def assembled(case: Case, tensors: Mapping[str, torch.Tensor], numbers: Mapping[
 
 def recast(case: Case, inputs: Inputs) -> Inputs:
     """``inputs`` under a case of the same shape with fewer options, another layout, dtype or window."""
-    return assembled(case, tensors_of(inputs), numbers_of(inputs))
+    return assembled(case, tensors_of(case, inputs), numbers_of(inputs))
 
 
 def with_option(case: Case, name: str, value: Any = None) -> Case:
@@ -169,7 +170,7 @@ def extents(case: Case) -> dict[str, int]:
     if "G" not in sizes:
         return sizes
     found = {"B": sizes["B"], "G": sizes["G"], RANK: sizes["H"] // sizes["G"]}
-    if case.option("cu_seqlens") is None:
+    if "M" in sizes and case.option("cu_seqlens") is None:
         found["M"] = sizes["M"]
     return {**found, "N": sizes["N"], "D": sizes["D"], "E": sizes["E"]}
 
@@ -195,8 +196,10 @@ def kept(case: Case, inputs: Inputs, keep: Mapping[str, Sequence[int]]) -> tuple
     if "D" in size:
         index["2D"] = [*index["D"], *[size["D"] + place for place in index["D"]]]
     tensors = {}
-    for name, tensor in tensors_of(inputs).items():
+    for name, tensor in tensors_of(case, inputs).items():
         for axis, symbol in enumerate(_axes(case, name)):
+            if symbol == "2":
+                continue
             # A bias of extent 1 is broadcast along that axis.
             whole = 2 * case["D"] if symbol == "2D" else case.all_sizes[symbol]
             if tensor.shape[axis] == whole:
@@ -214,7 +217,9 @@ def _axes(case: Case, name: str) -> tuple[str, ...]:
         return case.axes_of(name) or ()
     state = name.removeprefix("initial_").removeprefix("d")
     if state in form.states and name != state:
-        return form.states[state]
+        return case_states(case)[state]
+    if name in form.keywords:
+        return form.keywords[name]
     return _BY_KEYWORD[name] if name in _BY_KEYWORD else form.outputs[name.removeprefix("d")]
 
 
