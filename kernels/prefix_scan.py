@@ -39,7 +39,7 @@ from attnproof.kernels.prefix_scan_blocks import (
 )
 from attnproof.kernels.prefix_scan_trees import by_doubling, by_sweeps
 from attnproof.kernels.states import check_initial_state
-from attnproof.properties.contract import Contract, ContractError, Supports, promises
+from attnproof.properties.contract import Contract, ContractError, Precision, Supports, promises
 
 __all__ = ["PREFIX_SCAN", "State", "attention", "blelloch", "hillis_steele", "recurrent", "update"]
 
@@ -51,6 +51,8 @@ PREFIX_SCAN = Contract(
     family="prefix_scan",
     options=("initial_state", "return_state"),
     supports=Supports(max_head_dim=MAX_HEAD_DIM),
+    # Everything is held in float32, whatever the inputs are.
+    precision=Precision(matmul_input="ieee", probabilities="float32", dscores="float32"),
 )
 
 

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from attnproof.kernels.arguments import check_floating
 from attnproof.kernels.rwkv4_backward import CHANNELS, gradients, lead
 from attnproof.kernels.states import check_initial_state
-from attnproof.properties.contract import Contract, ContractError, promises
+from attnproof.properties.contract import Contract, ContractError, Precision, promises
 
 __all__ = ["RWKV4", "State", "attention", "recurrent"]
 
@@ -41,7 +41,12 @@ INF: tl.constexpr = tl.constexpr(math.inf)
 # A tile of the scan, whose five operands are two registers a thread each.
 TILE_CHANNELS, TILE_POSITIONS, TILE_WARPS = 4, 64, 4
 
-RWKV4 = Contract(family="rwkv4", options=("initial_state", "return_state"))
+RWKV4 = Contract(
+    family="rwkv4",
+    options=("initial_state", "return_state"),
+    # Everything is held in float32, whatever the inputs are.
+    precision=Precision(matmul_input="ieee", probabilities="float32", dscores="float32"),
+)
 
 RUNTIME = [
     *("p_a", "p_b", "p_p", "p_o", "p_rows", "p_places", "s_w", "s_u", "s_kb", "s_kh", "s_kn", "s_vb", "s_vh"),

@@ -22,7 +22,7 @@ from attnproof.kernels.selective_scan_associative import run_scan
 from attnproof.kernels.selective_scan_backward import gradients
 from attnproof.kernels.selective_scan_recurrence import ScanInputs, run_recurrence
 from attnproof.kernels.states import Sequences, check_initial_state, sequences_of
-from attnproof.properties.contract import Contract, ContractError, Supports, promises
+from attnproof.properties.contract import Contract, ContractError, Precision, Supports, promises
 
 __all__ = ["DISCRETIZATIONS", "SELECTIVE_SCAN", "recurrent", "scan"]
 
@@ -35,6 +35,8 @@ SELECTIVE_SCAN = Contract(
         *("initial_state", "cu_seqlens", "return_state"),
     ),
     supports=Supports(max_head_dim=MAX_HEAD_DIM),
+    # Everything is held in float32, whatever the inputs are.
+    precision=Precision(matmul_input="ieee", probabilities="float32", dscores="float32"),
 )
 
 Tensors = tuple[torch.Tensor | None, ...]

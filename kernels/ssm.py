@@ -25,7 +25,7 @@ from attnproof.kernels.ssm_discretisation import discretize_bilinear, discretize
 from attnproof.kernels.ssm_recurrence import stepped
 from attnproof.kernels.ssm_scan import scanned_states
 from attnproof.kernels.states import Sequences, check_initial_state, sequences_of
-from attnproof.properties.contract import Contract, ContractError, promises
+from attnproof.properties.contract import Contract, ContractError, Precision, promises
 
 __all__ = [
     "check_diagonal",
@@ -38,14 +38,17 @@ __all__ = [
     "step",
 ]
 
-SSM = Contract(family="ssm", options=("initial_state", "cu_seqlens", "return_state"))
-SSM_CONVOLUTION = Contract(family="ssm", options=("initial_state", "return_state"))
+# Everything is held in float32, whatever the inputs are.
+FLOAT32 = Precision(matmul_input="ieee", probabilities="float32", dscores="float32")
+SSM = Contract(family="ssm", options=("initial_state", "cu_seqlens", "return_state"), precision=FLOAT32)
+SSM_CONVOLUTION = Contract(family="ssm", options=("initial_state", "return_state"), precision=FLOAT32)
 # A transform mixes all positions of a row: what follows a position reaches it as rounding, and as NaN.
 SSM_FFT = Contract(
     family="ssm",
     options=("initial_state", "return_state"),
     causality="budget",
     unseen_nonfinite="may-leak",
+    precision=FLOAT32,
 )
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

@@ -48,22 +48,33 @@ class _Cotangents:
 
 
 class _Sums:
-    """Bound and variance of every gradient, filled block by block."""
+    """Value, bound and variance of every gradient, filled block by block.
+
+    ``lost`` is what products that are subnormal in the accumulation's format lose: all of them may be rounded
+    the same way, so that it counts by its sum, not by that of its squares.
+    """
 
     def __init__(self, problem: MLSTMProblem) -> None:
         batch, heads, length, width, value_width = problem.sizes
         widths = {"dq": width, "dk": width, "dv": value_width, "di": 1, "df": 1}
         shapes = {name: (batch, heads, length, size) for name, size in widths.items()}
-        self.value, self.certain, self.variance = (
+        self.value, self.certain, self.variance, self.lost = (
             {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-            for _ in range(3)
+            for _ in range(4)
         )
 
     def add(
-        self, name: str, start: int, value: torch.Tensor, certain: torch.Tensor, variance: torch.Tensor
+        self,
+        name: str,
+        start: int,
+        value: torch.Tensor,
+        certain: torch.Tensor,
+        variance: torch.Tensor,
+        lost: torch.Tensor,
     ) -> None:
         """Add to the rows from ``start`` on."""
-        for table, x in ((self.value, value), (self.certain, certain), (self.variance, variance)):
+        tables = self.value, self.certain, self.variance, self.lost
+        for table, x in zip(tables, (value, certain, variance, lost), strict=True):
             table[name][:, :, start : start + x.shape[2]] += x
 
 
@@ -100,7 +111,7 @@ def gradient_estimates(
         estimates[name] = Estimate(
             value.reshape(shape),
             certain.reshape(shape).nan_to_num(torch.inf, torch.inf),
-            sums.variance[name].reshape(shape).nan_to_num(1e300, 1e300),
+            (sums.variance[name] + sums.lost[name] ** 2 / 12.0).reshape(shape).nan_to_num(1e300, 1e300),
             mark if bool(mark.any()) else None,
         )
     return estimates
@@ -148,6 +159,7 @@ def _add_rows(
     # of sums over rows, and over the longer of two widths
     sum_error = growth(float(length + problem.sizes[3] + width + 8), r.accumulate)
     stored = r.storage("dscores")[0]
+    least = 2.0 * r.accumulate_tiny
     for w in weights:
         k, v = (x[:, :, w.start : w.stop].double() for x in (problem.k, problem.v))
         seen = (w.e > 0).double()
@@ -170,9 +182,13 @@ def _add_rows(
         ds_variance = factor.square() * (g_variance + g.square() * share)
         # what is common to a row does not average out over its columns
         coherent = c.relative_variance * (ds @ k).square() + c.delta_variance * (scale * w.e @ k).square()
-        sums.add("dq", rows.first, ds @ k, ds_certain @ k.abs(), ds_variance @ k.square() + coherent)
+        g_lost = least * (1.0 + v.abs().sum(-1)[:, :, None, :])
+        ds_lost = factor * g_lost + least * seen
+        dq_variance = ds_variance @ k.square() + coherent
+        sums.add("dq", rows.first, ds @ k, ds_certain @ k.abs(), dq_variance, ds_lost @ k.abs())
         ds_alone = ds_variance + factor.square() * alike
-        sums.add("dk", w.start, ds.mT @ q, ds_certain.mT @ q.abs(), ds_alone.mT @ q.square())
+        dk_variance = ds_alone.mT @ q.square()
+        sums.add("dk", w.start, ds.mT @ q, ds_certain.mT @ q.abs(), dk_variance, ds_lost.mT @ q.abs())
         p_certain = w.size * (relative + c.relative) + tiny * seen
         p_variance = w.variance + w.p.square() * (c.relative_variance + MEAN_SQUARE * errors.operand**2)
         sums.add(
@@ -181,13 +197,17 @@ def _add_rows(
             w.p.mT @ c.values,
             p_certain.mT @ values + w.size.mT @ c.values_certain,
             p_variance.mT @ c.values.square(),
+            least * (seen.mT @ values + w.size.sum(2)[..., None]),
         )
         dd, p_moved = w.p * g, w.size * relative
         dd_certain = w.p.abs() * g_certain + p_moved * (g.abs() + g_certain) + tiny * seen
         dd_variance = w.p.square() * (g_variance + alike + g.square() * share) + w.variance * g.square()
         ones, columns = torch.ones_like(c.delta), torch.ones_like(v[..., :1])
-        sums.add("di", w.start, dd.mT @ ones, dd_certain.mT @ ones, dd_variance.mT @ ones)
-        sums.add("df", rows.first, dd @ columns, dd_certain @ columns, dd_variance @ columns)
+        dd_lost = w.p.abs() * g_lost + least * seen
+        sums.add("di", w.start, dd.mT @ ones, dd_certain.mT @ ones, dd_variance.mT @ ones, dd_lost.mT @ ones)
+        sums.add(
+            "df", rows.first, dd @ columns, dd_certain @ columns, dd_variance @ columns, dd_lost @ columns
+        )
 
 
 def _add_states(
@@ -222,7 +242,9 @@ def _finish_gates(errors: MLSTMErrors, sums: _Sums) -> None:
     total = value.flip(2).cumsum(2).flip(2)
     certain = (sums.certain["df"] + sums.certain["di"]).flip(2).cumsum(2).flip(2)
     variance = (sums.variance["df"] + sums.variance["di"]).flip(2).cumsum(2).flip(2)
+    lost = (sums.lost["df"] + sums.lost["di"]).flip(2).cumsum(2).flip(2)
     argument = 2.0 * r.elementwise * gates.f.double().abs()[..., None] + r.exp + 6.0 * r.elementwise
     sums.value["df"] = slope * total
     sums.certain["df"] = slope * (certain * (1.0 + argument) + total.abs() * argument) + r.accumulate_tiny
+    sums.lost["df"] = slope * lost
     sums.variance["df"] = slope.square() * (variance + total.square() * argument.square() / 3.0)

@@ -88,7 +88,7 @@ def overtaking(row: Row, e: torch.Tensor) -> torch.Tensor:
     if not row.x.shape[-1]:
         return torch.zeros_like(row.x)
     # −inf where unseen, and where the errors are unbounded every key that is seen may be the larger.
-    highest = torch.where(row.x > -torch.inf, row.x + e, -torch.inf).sort(-1).values
+    highest = torch.where(row.x > -torch.inf, row.x + e, -torch.inf).sort(-1).values.contiguous()
     lowest = torch.where(row.x > -torch.inf, row.x - e, -torch.inf).contiguous()
     above = row.x.shape[-1] - torch.searchsorted(highest, lowest, right=True).double()
     return torch.minimum(above, row.count - 1.0).clamp(min=0.0)

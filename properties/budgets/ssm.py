@@ -230,9 +230,11 @@ def fourier_sizes(
         kernel: (…, N) float64; u: (…, N) float64, of shapes that broadcast.
     """
     count = 2 ** max(math.ceil(math.log2(max(2 * u.shape[-1], 2))), 1)
+    sizes = kernel.square().sum(-1).sqrt(), u.square().sum(-1).sqrt()
+    if not (kernel.numel() and u.numel()):  # there is no transform of nothing
+        return *sizes, sizes[0] * sizes[1], count
     product = torch.fft.rfft(kernel, count) * torch.fft.rfft(u, count)
-    whole = torch.fft.irfft(product, count).square().sum(-1).sqrt()
-    return kernel.square().sum(-1).sqrt(), u.square().sum(-1).sqrt(), whole, count
+    return *sizes, torch.fft.irfft(product, count).square().sum(-1).sqrt(), count
 
 
 def fourier_error(

@@ -119,7 +119,8 @@ class Response(Generic[V]):
         result = {}
         if x.d is not None:
             du = a.add(du, a.mul(a.exact(x.d[:, None]), a.exact(dy)))
-            result["dd"] = over_batch(a, a.sum(a.mul(a.exact(dy), a.exact(x.u))))
+            total = over_batch(a, a.sum(a.mul(a.exact(dy), a.exact(x.u))))
+            result["dd"] = a.reshape(total, tuple(x.d.shape))
         if self.initial is not None:
             by_initial, more_a, more_c = self._initial(dy, asked, powers)
             da, dc = numbers.add(da, more_a), numbers.add(dc, more_c)

@@ -113,11 +113,9 @@ def contracted(a: Arithmetic[V], w: V, x: V) -> V:
 
 
 def over_batch(a: Arithmetic[V], x: V) -> V:
-    """Σ over the first axis, and over a last one of length 1: (B, H, …) to (H, …)."""
+    """Σ over the first axis: (B, H, …) to (H, …)."""
     shape = a.shape(x)
-    moved = a.permute(x, (*range(1, len(shape)), 0))
-    kept = shape[1:-1] if len(shape) > 2 and shape[-1] == 1 else shape[1:]
-    return a.reshape(a.sum(moved), kept)
+    return a.reshape(a.sum(a.permute(x, (*range(1, len(shape)), 0))), shape[1:])
 
 
 class Numbers(Generic[V]):

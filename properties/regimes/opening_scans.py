@@ -23,7 +23,7 @@ _SSM = _channels(1, 3, 70, 16)
 _SPACE: _Kinds = (
     (
         (_channels(2, 3, 130, 16), "normal", "contiguous", {"skip": True}),
-        (_SSM, "normal", "transposed", {"complex": True, "skip": True, **_NORMAL}),
+        (_SSM, "normal", "columns", {"complex": True, "skip": True, **_NORMAL}),
         (_SSM, "normal", "contiguous", {"complex": True, **_GIVEN}),
     ),
     (
@@ -40,7 +40,7 @@ _SPACE: _Kinds = (
         (_channels(1, 5, 1, 16), "normal", "contiguous", {**_GIVEN, **_NORMAL}),
         (_SSM, "large-values", "contiguous", _NORMAL),
         (_SSM, "future-nonfinite", "contiguous", {"complex": True}),
-        (_SSM, "uniform", "unaligned", {"skip": True, "cotangents": "ones"}),
+        (_channels(1, 3, 70, 33), "uniform", "unaligned", {"skip": True, "cotangents": "ones"}),
     ),
     (
         (_channels(1, 1, 2053, 16), "slow-decay", "contiguous", {"complex": True}),
@@ -86,14 +86,15 @@ _WHOLE = {"skip": True, "z": True, "delta_bias": True, "delta_softplus": True}
 _SELECTIVE: _Kinds = (
     (
         (_channels(2, 5, 130, 16), "normal", "contiguous", _WHOLE),
-        (_MAMBA, "normal", "transposed", {**_WHOLE, **_NORMAL}),
+        (_MAMBA, "normal", "columns", {**_WHOLE, **_NORMAL}),
         (_MAMBA, "normal", "contiguous", {"skip": True, **_GIVEN}),
     ),
     (
+        (_channels(1, 5, 70, 16), "uneven-rates", "contiguous", {**_WHOLE, **_GIVEN, **_NORMAL}),
         (_MAMBA, "softplus-tails", "contiguous", {"delta_softplus": True, **_NORMAL}),
         (_MAMBA, "saturated-gates", "contiguous", {"z": True, **_NORMAL}),
-        (_MAMBA, "normal", "contiguous", {"discretization": "zoh", **_NORMAL}),
         (_MAMBA, "small-steps", "contiguous", {"discretization": "zoh", **_NORMAL}),
+        (_MAMBA, "normal", "contiguous", {"discretization": "zoh", **_NORMAL}),
         (_MAMBA, "open-gates", "contiguous", {"discretization": "zoh", **_NORMAL}),
         (_MAMBA, "strong-decay", "contiguous", {"skip": True, **_NORMAL}),
         (_MAMBA, "no-steps", "contiguous", {"delta_bias": True, "cotangents": "ones"}),
@@ -129,9 +130,9 @@ _SSD: _Kinds = (
         (_DUAL, "strong-decay", "contiguous", _NORMAL),
         (_DUAL, "slow-decay", "contiguous", {"return_state": True, **_NORMAL}),
         (_DUAL, "open-gates", "contiguous", _NORMAL),
+        (_grouped(2, 2, 1, 70, 16, 24), "normal", "transposed", {**_GIVEN, **_NORMAL}),
         (_DUAL, "no-steps", "contiguous", {"cotangents": "ones"}),
-        (_DUAL, "normal", "contiguous", {**_GIVEN, **_NORMAL}),
-        (_DUAL, "normal", "contiguous", {**_PACKED, **_NORMAL}),
+        (_DUAL, "normal", "columns", {**_PACKED, **_NORMAL}),
         (_DUAL, "normal", "contiguous", {"skip": True, **_PACKED, **_GIVEN, **_NORMAL}),
         (_grouped(1, 3, 1, 300, 64, 64), "slow-decay", "contiguous", {"return_state": True}),
         (_grouped(1, 3, 3, 65, 5, 3), "normal", "sliced", {"cotangents": "one-hot"}),
@@ -170,7 +171,8 @@ _PREFIX_SCAN: _Kinds = (
         (_keyed(1, 1, 300, 64, 64), "normal", "contiguous", {}),
         (_keyed(3, 2, 65, 5, 3), "normal", "sliced", {"cotangents": "one-hot"}),
         (_keyed(2, 1, 1, 32, 32), "normal", "contiguous", _GIVEN),
-        (_PREFIX, "large-values", "contiguous", _NORMAL),
+        (_PREFIX, "below-sentinel", "contiguous", _NORMAL),
+        (_keyed(2, 1, 40, 8, 40), "large-values", "contiguous", _NORMAL),
         (_PREFIX, "future-nonfinite", "contiguous", {}),
         (_PREFIX, "uniform", "broadcast", {"cotangents": "aligned"}),
     ),
@@ -190,7 +192,7 @@ _RWKV = _plain(2, 3, 70)
 _RWKV4: _Kinds = (
     (
         (_plain(2, 5, 130), "normal", "contiguous", {}),
-        (_RWKV, "normal", "transposed", _NORMAL),
+        (_RWKV, "normal", "columns", _NORMAL),
         (_RWKV, "normal", "contiguous", _GIVEN),
     ),
     (
@@ -201,11 +203,13 @@ _RWKV4: _Kinds = (
         (_RWKV, "slow-decay", "contiguous", {"return_state": True}),
         (_RWKV, "normal", "contiguous", {"initial_state": True}),
         (_RWKV, "falling-maxima", "contiguous", _GIVEN),
+        (_RWKV, "below-sentinel", "contiguous", _NORMAL),
+        (_plain(1, 2, 64), "normal", "contiguous", _GIVEN),
         (_plain(1, 1, 300), "normal", "sliced", {"cotangents": "one-hot"}),
         (_plain(2, 3, 1), "normal", "contiguous", _GIVEN),
         (_RWKV, "large-values", "contiguous", _NORMAL),
         (_RWKV, "future-nonfinite", "contiguous", {}),
-        (_RWKV, "uniform", "columns", {"cotangents": "ones"}),
+        (_RWKV, "uniform", "unaligned", {"cotangents": "ones"}),
     ),
     (
         (_plain(1, 1, 2053), "slow-decay", "contiguous", {}),

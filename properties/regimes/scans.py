@@ -222,6 +222,11 @@ def _wide(draw: Draw, shape: tuple[int, ...]) -> Float64:
     return 200.0 * (2.0 * draw.uniform("logits", *shape) - 1.0)
 
 
+def _low(draw: Draw, shape: tuple[int, ...]) -> Float64:
+    """About −6·10⁴: still numbers of float16."""
+    return draw.normal("logits", *shape) - 6e4
+
+
 def _scanned(draw: Draw, *, decay: Callable[[Draw], Float64] | None = None) -> dict[str, Any]:
     """Queries, keys and parameters of a prefix scan."""
     if draw.family == "prefix_scan":
@@ -413,5 +418,6 @@ SCANS = (
         "extreme",
         _all(scans(logits=_wide), *_MAXIMA),
     ),
+    Regime("below-sentinel", "", "extreme", _all(scans(logits=_low), *_MAXIMA)),
 )
 """Regimes by their families; texts of those that other families have as well stand there."""

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("emulated")
         (recurrent, torch.float32, True, True, 20, 12),
         (recurrent, torch.bfloat16, True, False, 1, 12),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_exact(entry: Any, dtype: torch.dtype, full: bool, zoh: bool, n: int, d: int) -> None:
     assert_exact(inputs(dtype, b=2 if n < 40 else 1, n=n, d=d, full=full, zoh=zoh), entry)

@@ -189,11 +189,13 @@ def _arguments(inputs: Inputs, case: Case) -> tuple[torch.Tensor | None, ...]:
 
 
 def _given(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """All tensors of a call by name; those of a pair of initial states as "initial_state" and "initial_z"."""
+    """All tensors of a call by name; initial states that come as a tuple as "initial_state", "initial_z" and
+    so on.
+    """
     found = {**inputs.tensors}
     for name, value in inputs.options.items():
         held = value if isinstance(value, tuple) else (value,)
-        names = (name, name.replace("state", "z"))
+        names = (name, name.replace("state", "z"), f"{name}[2]")
         found |= {n: x for n, x in zip(names, held, strict=False) if isinstance(x, torch.Tensor)}
     return found
 

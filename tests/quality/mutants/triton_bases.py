@@ -12,6 +12,8 @@ __all__ = [
     "GATED_LINEAR",
     "GATED_LINEAR_RECURRENT",
     "GRADIENTS",
+    "H3",
+    "H3_COMPOSED",
     "LINEAR",
     "LINEAR_PARALLEL",
     "LINEAR_RECURRENT",
@@ -19,12 +21,27 @@ __all__ = [
     "MLSTM",
     "MLSTM_RECURRENT",
     "NUMERIC",
+    "PREFIX_SCAN",
+    "PREFIX_SCAN_DOUBLING",
+    "PREFIX_SCAN_RECURRENT",
+    "PREFIX_SCAN_SWEEPS",
     "RETENTION",
     "RETENTION_PARALLEL",
     "RETENTION_RECURRENT",
+    "RWKV4",
+    "RWKV4_RECURRENT",
     "RWKV6",
     "RWKV6_RECURRENT",
+    "SELECTIVE_SCAN",
+    "SELECTIVE_SCAN_RECURRENT",
     "SPLIT",
+    "SSD",
+    "SSD_PARALLEL",
+    "SSD_RECURRENT",
+    "SSM_CONVOLUTION",
+    "SSM_FFT",
+    "SSM_RECURRENT",
+    "SSM_SCAN",
     "STATES",
     "THREE",
     "TILES",
@@ -59,6 +76,25 @@ MLSTM = "attnproof.kernels.mlstm:attention"
 MLSTM_RECURRENT = "attnproof.kernels.mlstm:attention_recurrent"
 DELTA = "attnproof.kernels.delta:attention"
 DELTA_RECURRENT = "attnproof.kernels.delta:recurrent"
+SELECTIVE_SCAN = "attnproof.kernels.selective_scan:scan"
+SELECTIVE_SCAN_RECURRENT = "attnproof.kernels.selective_scan:recurrent"
+SSD = "attnproof.kernels.ssd:attention"
+SSD_PARALLEL = "attnproof.kernels.ssd:parallel"
+SSD_RECURRENT = "attnproof.kernels.ssd:recurrent"
+
+# State spaces: step by step, block by block, and by their kernel.
+SSM_RECURRENT = "attnproof.kernels.ssm:recurrent"
+SSM_SCAN = "attnproof.kernels.ssm:scan"
+SSM_CONVOLUTION = "attnproof.kernels.ssm:convolution"
+SSM_FFT = "attnproof.kernels.ssm:fft"
+H3 = "attnproof.kernels.h3:attention"
+H3_COMPOSED = "attnproof.kernels.h3:composed"
+PREFIX_SCAN = "attnproof.kernels.prefix_scan:attention"
+PREFIX_SCAN_RECURRENT = "attnproof.kernels.prefix_scan:recurrent"
+PREFIX_SCAN_DOUBLING = "attnproof.kernels.prefix_scan:hillis_steele"
+PREFIX_SCAN_SWEEPS = "attnproof.kernels.prefix_scan:blelloch"
+RWKV4 = "attnproof.kernels.rwkv4:attention"
+RWKV4_RECURRENT = "attnproof.kernels.rwkv4:recurrent"
 
 # Where sequences and chunks lie, for all of them.
 STATES = "attnproof.kernels.states"
