@@ -138,10 +138,9 @@ def differentiated(inputs: Inputs) -> tuple[str, ...]:
     """Names of the inputs that have a gradient."""
     given = inputs.options
     states = given.get("initial_state")
-    # Of the families with tuples of states those of linear attention alone have gradients.
-    initial = ("initial_state", "initial_z")[
-        : len(states) if isinstance(states, tuple) else states is not None
-    ]
+    count = len(states) if isinstance(states, tuple) else int(states is not None)
+    # Of tuples of states that of linear attention, a pair, has gradients.
+    initial = ("initial_state", "initial_z")[:count] if count < 3 else ()
     parameters = (name for name in _PARAMETERS if isinstance(given.get(name), torch.Tensor))
     return (*inputs.tensors, *parameters, *initial)
 

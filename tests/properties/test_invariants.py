@@ -86,7 +86,21 @@ STATES = (
     "delta:float32:normal:B2,H2,N7,D3,E2:gate=channel,return_state,cotangents=normal:contiguous:1",
     "delta:float16:normal:B1,H2,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:contiguous:2",
 )
-CASES = [Case.parse(text) for text in (*SOFTMAX, *GRADIENTS, *STATES)]
+SCANS = (
+    "ssm:float32:normal:B2,H2,N7,D3:complex,skip,return_state,cotangents=normal:contiguous:1",
+    "ssm:float16:normal:B1,H2,N9,D3:initial_state,cu_seqlens=3+0+6,return_state,cotangents=normal:columns:2",
+    "h3:float32:normal:B2,H2,N7,D3,E2,T3,P2:complex,skip,cotangents=normal:contiguous:1",
+    "h3:bfloat16:normal:B1,H3,N9,D1,E1,T4,P3:cotangents=ones:sliced:2",
+    "selective_scan:float32:normal:B2,H2,N7,D3:skip,z,delta_bias,delta_softplus,cotangents=normal:contiguous:1",
+    "selective_scan:float16:normal:B1,H2,N9,D3:z,initial_state,cu_seqlens=3+0+6,cotangents=ones:columns:2",
+    "ssd:float32:normal:B2,H4,G2,N7,D3,E2:skip,return_state,cotangents=normal:contiguous:1",
+    "ssd:bfloat16:normal:B1,H2,G1,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:transposed:2",
+    "prefix_scan:float32:normal:B2,H2,N7,D3,E2:cotangents=normal:contiguous:1",
+    "prefix_scan:float16:wide-maxima:B1,H2,N9,D3,E2:initial_state,return_state:sliced:2",
+    "rwkv4:float32:normal:B2,H2,N7:cotangents=normal:contiguous:1",
+    "rwkv4:bfloat16:normal:B1,H2,N9:initial_state,return_state:columns:2",
+)
+CASES = [Case.parse(text) for text in (*SOFTMAX, *GRADIENTS, *STATES, *SCANS)]
 CASES += [Case.parse(text.format(family)) for family in ("logsumexp", "softmax_rows") for text in ROWS]
 CONTRACTS = {
     "all options": FULL,

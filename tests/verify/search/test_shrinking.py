@@ -54,7 +54,8 @@ def soon(seconds: float = 60.0) -> float:
 
 
 def nonzero(evidence: Evidence) -> int:
-    return sum(int((tensor != 0).sum()) for tensor in tensors_of(evidence.inputs).values())
+    tensors = tensors_of(evidence.case, evidence.inputs)
+    return sum(int((tensor != 0).sum()) for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("bug", BUGS)
