@@ -72,7 +72,8 @@ def test_held_out_implementations_are_drawn_and_no_family_is_without_either_kind
     held = held_out()
     assert held == held_out(tuple(reversed(IMPLEMENTATIONS)))
     assert held != held_out(seed=HELD_OUT_SEED + 1)
-    assert len(held) == pytest.approx(len(IMPLEMENTATIONS) / 3, abs=1)
+    # A third of each family, rounded.
+    assert len(held) == pytest.approx(len(IMPLEMENTATIONS) / 3, abs=4)
     for family in ("softmax", "logsumexp", "softmax_rows"):
         members = {t for t in IMPLEMENTATIONS if contract_of(resolve(t)).family == family}  # type: ignore[union-attr]
         assert members & set(held)
