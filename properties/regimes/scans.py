@@ -72,8 +72,9 @@ def _fixed_poles(magnitude: float, angle: float = 0.0) -> Poles:
 
 def _unit_poles(draw: Draw, shape: tuple[int, int]) -> tuple[Float64, Float64]:
     """1, and where it is complex i, −1 and −i: nothing is forgotten, exactly."""
-    turns: Float64 = np.broadcast_to(np.arange(shape[1]) % 4, shape) * (math.pi / 2.0)
-    return np.ones(shape), turns if draw.options.get("complex") else np.zeros(shape)
+    quarters = np.broadcast_to(np.arange(shape[1], dtype=np.float64) % 4.0, shape)
+    angle: Float64 = np.multiply(quarters, math.pi / 2.0, dtype=np.float64)
+    return np.ones(shape), angle if draw.options.get("complex") else np.zeros(shape)
 
 
 def _slow_poles(draw: Draw, shape: tuple[int, int]) -> tuple[Float64, Float64]:
