@@ -28,16 +28,16 @@ from attnproof.workers import WorkerPool
 
 __all__ = ["DEFAULT_EXAMPLES", "default_plan", "findings", "target_subjects"]
 
-# Cases for each of the suite's kernels in a default run: all regimes, dtypes and pairs of options, in under 3
-# minutes.
+# Cases for each of the suite's kernels in a default run. Forms of one family with a state take turns with its
+# cases, so that together they go through all regimes, dtypes and pairs of options.
 DEFAULT_EXAMPLES: Mapping[str, int] = {
     "softmax": 160,
     "logsumexp": 80,
     "softmax_rows": 80,
-    **dict.fromkeys(STATE_FORMS, 16),
+    **dict.fromkeys(STATE_FORMS, 12),
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
 }
-_STORED = ("calibration", "gradient_alarms", "detection")
+_STORED = ("calibration", "gradient_alarms", "growth", "detection")
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 # Cases at which each invariant is put to a kernel.
@@ -134,17 +134,20 @@ def default_plan(
         budget = examples or DEFAULT_EXAMPLES[contract.family] * (_THOROUGH if thorough else 1)
         if subject.example:
             budget = min(budget, _FOR_AN_EXAMPLE)
+        forms = [s for s in chosen if s.contract.family == contract.family and not s.example]
+        turns = len(forms) if contract.family in STATE_FORMS else 1
+        turn = forms.index(subject) if turns > 1 else 0
         cases = plan(
             contract.family,
             dtypes=dtypes or contract.dtypes,
             options=subject.options,
             supports=contract.supports,
             causal_alignment=contract.causal_alignment,
-            budget=budget,
+            budget=budget * turns,
             seed=seed,
             thorough=thorough,
         )
-        items: list[Item] = list(itertools.islice(cases, budget))
+        items: list[Item] = list(itertools.islice(cases, turn, budget * turns, turns))
         if not subject.example:
             small = opening(
                 contract.family,

@@ -133,7 +133,7 @@ def test_the_committed_calibration_has_no_false_alarm_in_20000_cases() -> None:
 
 
 # Every sixth: nox -s calibrate goes through all of them, and a share of it runs in CI.
-@pytest.mark.parametrize("target", IMPLEMENTATIONS[::6])
+@pytest.mark.parametrize("target", IMPLEMENTATIONS[::12])
 def test_a_fresh_sample_of_healthy_cases_raises_no_alarm(target: str) -> None:
     planned = plans([target], 8 if target.startswith("attnproof.healthy") else 20, seed=5_000)
     events = [e for e in Campaign(planned, "sample", jobs=1).run() if isinstance(e, CaseJudged)]
