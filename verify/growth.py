@@ -38,8 +38,9 @@ __all__ = ["LENGTHS", "Growth", "finding", "main", "measure"]
 LENGTHS = (64, 256, 1024, 4096)
 _DTYPES = ("float32", "bfloat16")
 _RECORD = "growth.json"
-# Every pair of channels is a channel of its own in the composed form of H3.
-_SIZES = {"B": 1, "H": 1, "G": 1, "D": 16, "E": 16, "T": 4, "P": 8}
+# Four heads, so that no single draw of decays decides. Every pair of channels is a channel of its own in the
+# composed form of H3.
+_SIZES = {"B": 1, "H": 4, "G": 1, "D": 16, "E": 16, "T": 4, "P": 8}
 _NARROW = {"h3": {"D": 4, "E": 4}}
 # By how much an exponent of growth, of few numbers at random, may be above another.
 _SLACK = 0.15

@@ -35,7 +35,7 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     "logsumexp": 80,
     "softmax_rows": 80,
     **dict.fromkeys(STATE_FORMS, 12),
-    **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 80),
+    **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 64),
 }
 _STORED = ("calibration", "gradient_alarms", "growth", "detection")
 _FOR_AN_EXAMPLE = 66
