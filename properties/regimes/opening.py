@@ -146,7 +146,7 @@ _STATE_ONCE: tuple[_Kind, ...] = (
     (_SEQUENCE, "small-input-gates", "contiguous", {"cotangents": "ones"}),
     (_SEQUENCE, "exact-recall", "contiguous", {}),
     (_SEQUENCE, "normal", "contiguous", {"gate": "head", "cotangents": "normal"}),
-    (_SEQUENCE, "normal", "contiguous", {"gate": "channel", "cotangents": "normal"}),
+    (_SEQUENCE, "normal", "contiguous", {"gate": "channel", "return_state": True, "cotangents": "normal"}),
     *((_SEQUENCE, "normal", "contiguous", {"feature_map": m, "normalize": True}) for m in FEATURE_MAPS[:4]),
     (
         _state_sizes(1, 2, 70, 24, 16),
