@@ -1,9 +1,9 @@
 """Equal forms of a family against each other: every pair of kernels, on the same inputs, in every dtype.
 
 Two kernels that compute one function may differ by what the two together may err. The distance of each pair,
-element by element, is divided by the certain budget of one (so that 2 is the most that the declared
-precisions allow), and, in quadrature, by √2 of the probable one; a form's distance to itself is its error
-against the certified reference. The exact statement, that the forms are equal over the rationals, is among
+element by element, is divided by the larger of their certain budgets (so that 2 is the most that the declared
+precisions allow), and by their probable ones in quadrature; a form's distance to itself is its error against
+the certified reference. The exact statement, that the forms are equal over the rationals, is among
 the claims (``attnproof.properties.claims``).
 """
 
@@ -37,11 +37,19 @@ _TORCH_NAMES = {
     "matrix": "torch by a matrix",
     "doubling": "torch by doubling",
 }
-# The kernel called attention goes by chunks.
 _NAMES = {"attention": "chunkwise", "attention_recurrent": "recurrent"}
+# Of these the kernel called attention goes by tiles of scores, or by blocks of prefixes.
+_NOT_BY_CHUNKS = ("h3", "prefix_scan", "rwkv4")
+
+
+def _name(family: str, form: str) -> str:
+    """How a form is called in the report."""
+    return "blocks" if form == "attention" and family in _NOT_BY_CHUNKS else _NAMES.get(form, form)
+
+
 FORMS: Mapping[str, Mapping[str, str]] = {
     family: {
-        **{_NAMES.get(name, name): f"{_KERNELS}.{family}:{name}" for name in names},
+        **{_name(family, name): f"{_KERNELS}.{family}:{name}" for name in names},
         # Forms of kernels may share a backward kernel; autograd goes back through each form's own steps.
         **{
             _TORCH_NAMES[kind]: f"{module.__name__}:{kind}_{family}"
@@ -162,7 +170,10 @@ def _pair(
             if apart.numel():
                 certain, probable = budget.certain[judged], budget.probable[judged]
                 if forms[0] != forms[1]:
-                    probable = probable * math.sqrt(2.0)
+                    assert b.trial is not None
+                    other = b.trial.budgets[name]
+                    certain = torch.maximum(certain, other.certain[judged])
+                    probable = torch.hypot(probable, other.probable[judged])
                 worst = max(worst, float(_over(apart, certain).max()))
                 squares += float(_over(apart, probable).square().sum())
                 count += apart.numel()
@@ -183,7 +194,7 @@ def _finding(family: str, found: Sequence[Distance], seed: int) -> Finding:
     evidence = (
         f"{len(forms)} forms ({', '.join(forms)}), {pairs} pairs, {len(_DTYPES)} dtypes, N = {_SIZES['N']}"
         f"{carried}: largest distance {max(d.worst for d in apart):.2g} certain budgets, rms "
-        f"{min(d.rms for d in apart):.2g} to {max(d.rms for d in apart):.2g} of √2 probable ones"
+        f"{min(d.rms for d in apart):.2g} to {max(d.rms for d in apart):.2g} of the probable ones"
     )
     if wrong:
         worst = max(wrong, key=lambda d: d.worst)
