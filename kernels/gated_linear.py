@@ -109,8 +109,7 @@ def walk_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile:
     """
     block_d = padded_width(width)
     block_e = min(padded_width(value_width), max(ROWS.value, 4096 // block_d))
-    # products row by row, those of float32, hold less at a time than fragments of matrix instructions
-    warps = 8 if block_d > (64 if dtype == torch.float32 else 32) else 4
+    warps = 8 if block_d > 32 else 4
     by_row = dtype == torch.float32 or (dtype == torch.float16 and block_d > 64)
     return ChunkTile(block_d, block_e, warps, by_row)
 
@@ -123,7 +122,8 @@ def gradient_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile
     area = 1024 if dtype == torch.float16 else 2048
     block_d = min(padded_width(width), max(ROWS.value, area // block_e))
     by_row = dtype == torch.float32 or (dtype == torch.float16 and block_e > 64)
-    return ChunkTile(block_d, block_e, 8 if block_e > 64 else 4, by_row)
+    warps = 8 if block_e > (32 if dtype == torch.float32 else 64) else 4
+    return ChunkTile(block_d, block_e, warps, by_row)
 
 
 def chunk_states(

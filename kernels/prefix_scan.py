@@ -13,7 +13,8 @@ outputs come from
 * :func:`update`: the state alone, by the tokens of one call: many-to-one.
 
 Everything is float32 but the stored o. No exponential has a positive argument, and u ≥ 1: nothing overflows
-that the weighted sum of values does not. The backward pass is that of :mod:`.prefix_scan_backward` for all.
+that the weighted sum of values does not. The backward pass is that of :mod:`.prefix_scan_backward` for all,
+and goes through states: u and w have gradients, m has none, for it only says in what units the two are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from attnproof.kernels.prefix_scan_blocks import (
     WARPS,
     Call,
     State,
+    begin,
     logits,
     neutral,
     scanned,
@@ -104,8 +106,8 @@ def by_blocks(call: Call) -> Found:
     end = neutral(call)
     if s.numel():
         scanned(call, s, call.start, end, o, rows, runs=1, block=POSITIONS)
-    elif call.start is not None:
-        end = State(*(x.clone() for x in call.start))
+    else:
+        end = begin(call)
     return o, end, s, rows
 
 
@@ -114,7 +116,7 @@ def by_steps(call: Call) -> Found:
     batch, heads, length, width, value_width = call.sizes
     o, rows = call.outputs(), call.rows()
     s = call.new(batch, heads, length if call.kept else 0)
-    end = neutral(call) if call.start is None else State(*(x.clone() for x in call.start))
+    end = begin(call)
     if o.numel():
         recurrent_kernel[(batch * heads,)](
             call.q, call.k, call.v, *end, s, o, rows, *call.q.stride(), *call.k.stride(), *call.v.stride(),
@@ -125,7 +127,7 @@ def by_steps(call: Call) -> Found:
 
 
 class PrefixScan(torch.autograd.Function):
-    """q, k, v and a state before them to o and the state behind; only o is differentiated, by q, k and v."""
+    """q, k, v and a state before them to o and the state behind; the states' m have no gradient."""
 
     @staticmethod
     def forward(
@@ -133,25 +135,31 @@ class PrefixScan(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        start: State | None,
+        m: torch.Tensor | None,
+        u: torch.Tensor | None,
+        w: torch.Tensor | None,
         scale: float,
         form: Callable[[Call], Found],
     ) -> tuple[torch.Tensor, ...]:
-        kept = any(ctx.needs_input_grad[:3])
+        kept = any(ctx.needs_input_grad)
+        start = None if m is None or u is None or w is None else State(m, u, w)
         exact, end, s, rows = form(Call(q, k, v, scale, start, kept))
         if kept:
-            ctx.save_for_backward(q, k, v, s, rows, exact)
+            ctx.save_for_backward(q, k, v, m, s, rows, exact)
         ctx.scale = scale
-        ctx.mark_non_differentiable(*end)
+        ctx.mark_non_differentiable(end.m)
         return exact.to(v.dtype, copy=kept), *end
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, s, rows, o = ctx.saved_tensors
-        found = gradients((q, k, v), ctx.scale, s, rows, o, do)
-        needed = (x if need else None for x, need in zip(found, ctx.needs_input_grad[:3], strict=True))
-        return *needed, None, None, None
+    def backward(
+        ctx: Any, do: torch.Tensor, _: Any, du: torch.Tensor, dw: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        # cotangents of outputs that nobody used come as zeros
+        q, k, v, m, s, rows, o = ctx.saved_tensors
+        dq, dk, dv, *dstart = gradients((q, k, v), ctx.scale, s, rows, o, do, (du, dw), m)
+        found = (dq, dk, dv, None, *dstart, None, None)
+        return tuple(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
 def check_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> None:
@@ -184,7 +192,7 @@ def check_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: s
 def checked_state(
     name: str, state: Given | None, k: torch.Tensor, v: torch.Tensor, kernel: str
 ) -> State | None:
-    """``state``, made contiguous; raise unless it is None or (m, u, w) for k and v, without gradient."""
+    """``state``, made contiguous, m a constant; raise unless it is None or (m, u, w) for k and v."""
     if state is None:
         return None
     if not isinstance(state, tuple) or len(state) != 3:
@@ -197,9 +205,8 @@ def checked_state(
         if x is None:
             raise ContractError(f"{kernel}: {label} is None: expected float32 of shape {tuple(shape)}")
         check_initial_state(label, x, tuple(shape), k, kernel)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ContractError(f"{kernel}: {label} requires a gradient, and gets none: detach it")
-    return State(*(x.detach().contiguous() for x in state))
+    m, u, w = (x.contiguous() for x in state)
+    return State(m.detach(), u, w)
 
 
 def run(
@@ -216,7 +223,8 @@ def run(
     check_sequences(q, k, v, kernel)
     check_finite("scale", scale, kernel)
     start = checked_state("initial_state", initial_state, k, v, kernel)
-    o, m, u, w = PrefixScan.apply(q, k, v, start, float(scale), form)  # type: ignore[no-untyped-call]
+    before = start or (None, None, None)
+    o, m, u, w = PrefixScan.apply(q, k, v, *before, float(scale), form)  # type: ignore[no-untyped-call]
     return (o, m, u, w) if return_state else o
 
 
@@ -230,21 +238,21 @@ def attention(
     initial_state: Given | None = None,
     return_state: bool = False,
 ) -> Answer:
-    """Attention of one query a head to every prefix of k and v; differentiable once in all three.
+    """Attention of one query a head to every prefix of k and v; differentiable once, through states too.
 
     Args:
         q: (H,D), the query of every position.
         k, v: (B,H,N,D) and (B,H,N,E); float32, float16 or bfloat16, as q; any strides; D and E from 1 to 256.
         scale: of the logits.
         initial_state: (m, u, w), float32 (B,H), (B,H), (B,H,E): what was seen before the first position; m
-            may be −∞ where u and w are 0, which is what None stands for. It has no gradient.
-        return_state: also return the state behind the last position, which has no gradient either.
+            may be −∞ where u and w are 0, which is what None stands for. u and w have gradients, m none.
+        return_state: also return the state behind the last position; u and w take cotangents, m none.
 
     Returns:
         o (B,H,N,E) of v's dtype, or the flat tuple (o, m, u, w).
 
     Raises:
-        ContractError: for arguments that the contract does not allow; a state that asks for a gradient too.
+        ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64 and for D or E above 256.
     """
     return run(q, k, v, scale, initial_state, return_state, by_blocks, "attention")
@@ -269,7 +277,7 @@ def recurrent(
         o (B,H,N,E) of v's dtype, or the flat tuple (o, m, u, w).
 
     Raises:
-        ContractError: for arguments that the contract does not allow; a state that asks for a gradient too.
+        ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64 and for D or E above 256.
     """
     return run(q, k, v, scale, initial_state, return_state, by_steps, "recurrent")
@@ -294,7 +302,7 @@ def hillis_steele(
         o (B,H,N,E) of v's dtype, or the flat tuple (o, m, u, w).
 
     Raises:
-        ContractError: for arguments that the contract does not allow; a state that asks for a gradient too.
+        ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64 and for D or E above 256.
     """
     return run(q, k, v, scale, initial_state, return_state, by_doubling, "hillis_steele")
@@ -319,7 +327,7 @@ def blelloch(
         o (B,H,N,E) of v's dtype, or the flat tuple (o, m, u, w).
 
     Raises:
-        ContractError: for arguments that the contract does not allow; a state that asks for a gradient too.
+        ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64 and for D or E above 256.
     """
     return run(q, k, v, scale, initial_state, return_state, by_sweeps, "blelloch")
@@ -343,9 +351,13 @@ def update(state: Given | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     check_sequences(q, k, v, "update")
     check_finite("scale", scale, "update")
     given = checked_state("state", state, k, v, "update")
+    if given is not None and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise ContractError(
+            "update: state requires a gradient, and gets none: detach it, or call attention with return_state"
+        )
     call = Call(q.detach(), k.detach(), v.detach(), float(scale), given, kept=False)
     batch, heads, length, width, value_width = call.sizes
-    end = neutral(call) if given is None else State(*(x.clone() for x in given))
+    end = begin(call)
     if batch * length:
         recurrent_kernel[(batch * heads,)](
             call.q, call.k, call.v, *end, None, None, None, *call.q.stride(), *call.k.stride(),

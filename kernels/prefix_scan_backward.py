@@ -10,12 +10,19 @@ formed: the sum is that of the triples with logits −m_t and values x_t, each s
 exponent. m_t does not fall with t, so the largest exponent of t ≥ j is −m_j, the scan multiplies by
 e^{m_j − m_t} ≤ 1, and what is left is e^{s_j − m_j} ≤ 1. What underflows is such a weight as well.
 
+The final state (m_N, u_N, w_N) takes cotangents du, dw and its level m_N none, for whoever reads it on reads
+e^{m_N} u_N and e^{m_N} w_N: m_N is held constant where it is made, and then m_0 where it is read. It is one
+more row behind the last: the scan begins from (−m_N, −du, dw) and not from the neutral triple. An initial
+state is one more position before the first, of logit m_0: its gradients are what the scan ends with, times
+e^{m_0}.
+
 What is kept on purpose:
 
 * m and u are stored and not the logarithm of the sum, whose rounding is a relative error abs(s)·2⁻²⁴ of every
   weight; and the logits of the forward pass, so that s_j ≤ m_j holds as stored.
 * Δ is formed from o as it was before it was rounded.
-* All sums have one owner and one order: a slice of E leaves its part of ds, a block its part of dq.
+* All sums have one owner and one order: a slice of E leaves its part of ds and of the initial u's gradient, a
+  block its part of dq.
 """
 
 from __future__ import annotations
@@ -38,17 +45,21 @@ SUM_COLUMNS = 128
 
 @triton.jit(
     do_not_specialize=[
-        *("p_m", "p_u", "p_dv", "p_ds", "s_vb", "s_vh", "s_vn", "s_ve", "s_ob", "s_oh", "s_on", "s_oe"),
-        *("B", "H", "N", "E"),
+        *("p_m", "p_u", "p_dv", "p_ds", "p_du1", "p_dw1", "p_m0", "p_du0", "p_dw0", "s_vb", "s_vh", "s_vn"),
+        *("s_ve", "s_ob", "s_oh", "s_on", "s_oe", "B", "H", "N", "E"),
     ]
 )  # fmt: skip
 def suffix_kernel(
-    p_s, p_m, p_u, p_v, p_o, p_do, p_dv, p_ds,
+    p_s, p_m, p_u, p_v, p_o, p_do, p_dv, p_ds, p_du1, p_dw1, p_m0, p_du0, p_dw0,
     s_vb: tl.int64, s_vh: tl.int64, s_vn: tl.int64, s_ve: tl.int64,
     s_ob: tl.int64, s_oh: tl.int64, s_on: tl.int64, s_oe: tl.int64,
     B, H, N, E, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """dv of a slice of E, and its part of ds, to p_ds (slices, B, H, N): the last block first."""
+    """dv of a slice of E, and its part of ds, to p_ds (slices, B, H, N): the last block first.
+
+    p_du1 (B,H) and p_dw1 (B,H,E) are the final state's cotangents. Where p_m0 is not None, the gradients of
+    an initial state as well: the slice's part of that of u, to p_du0 (slices, B, H), and its columns of w's.
+    """
     i_bh, i_e = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     o_r, o_e = tl.arange(0, BN), i_e * BE + tl.arange(0, BE)
@@ -56,9 +67,11 @@ def suffix_kernel(
     p_v += i_b * s_vb + i_h * s_vh
     p_do += i_b * s_ob + i_h * s_oh
     p_ds += i_e * (B * H).to(tl.int64) * N
-    # [1], [1], [1, BE]
-    b_cm, b_cu = tl.full([1], -INF, dtype=tl.float32), tl.zeros([1], dtype=tl.float32)
-    b_cw = tl.zeros([1, BE], dtype=tl.float32)
+    # [1], [1], [1, BE]; of the slices the first has du
+    o_one = tl.arange(0, 1)
+    b_cm = -tl.load(p_m + i_bh * N + (N - 1) + o_one)
+    b_cu = tl.where(i_e == 0, -tl.load(p_du1 + i_bh + o_one), 0.0)
+    b_cw = tl.load(p_dw1 + i_bh * E + o_e, mask=m_e, other=0.0)[None, :]
     i_blocks = (N + BN - 1) // BN
     for i_t in range(i_blocks):
         o_n = (i_blocks - 1 - i_t).to(tl.int64) * BN + o_r
@@ -84,6 +97,12 @@ def suffix_kernel(
         b_cm = tl.sum(tl.where(o_r == 0, b_sm, 0.0), 0, keep_dims=True)
         b_cu = tl.sum(tl.where(o_r == 0, b_su, 0.0), 0, keep_dims=True)
         b_cw = tl.sum(tl.where((o_r == 0)[:, None], b_sw, 0.0), 0, keep_dims=True)
+    if p_m0 is not None:
+        # no later level is below m_0, which is −∞ in a neutral state, whose gradients are 0
+        b_m0 = tl.load(p_m0 + i_bh + o_one)
+        b_own = tl.exp(tl.minimum(b_m0 + b_cm, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        tl.store(p_du0 + i_e * (B * H).to(tl.int64) + i_bh + o_one, -b_cu * b_own)
+        tl.store(p_dw0 + i_bh * E + o_e[None, :], b_cw * b_own[:, None], mask=m_e[None, :])
 
 
 @triton.jit(
@@ -146,8 +165,11 @@ def gradients(
     rows: torch.Tensor,
     o: torch.Tensor,
     do: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq (H,D), dk (B,H,N,D), dv (B,H,N,E), contiguous, in the dtypes of q, k and v.
+    dend: tuple[torch.Tensor, torch.Tensor],
+    level: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """dq (H,D), dk (B,H,N,D), dv (B,H,N,E), contiguous, in the dtypes of q, k and v; of an initial state's u
+    (B,H) and w (B,H,E) in float32, or None without one.
 
     Args:
         tensors: q, k, v.
@@ -155,23 +177,31 @@ def gradients(
         s, rows: (B,H,N) logits and (2,B,H,N) m and u of every position, float32, from the forward pass.
         o: (B,H,N,E) float32, contiguous.
         do: the cotangent of o, any strides.
+        dend: the cotangents of the final state's u (B,H) and w (B,H,E), any strides.
+        level: the initial state's m (B,H), contiguous, or None without one.
     """
     q, k, v = tensors
     batch, heads, length, width = k.shape
     value_width = v.shape[3]
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     if not s.numel():
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
+        # the final state is the initial one
+        return torch.zeros_like(q), dk, dv, *(dend if level is not None else (None, None))
     slices, blocks = triton.cdiv(value_width, COLUMNS), triton.cdiv(length, POSITIONS)
-    ds = torch.empty((slices, *s.shape), dtype=torch.float32, device=k.device)
+    ds = s.new_empty(slices, *s.shape)
+    du, dw = (x.contiguous() for x in dend)
+    # of an initial state: parts of the slices of E, and columns
+    shares, columns = s.new_empty(slices, batch, heads), s.new_empty(batch, heads, value_width)
     suffix_kernel[(batch * heads, slices)](
-        s, rows[0], rows[1], v, o, do, dv, ds, *v.stride(), *do.stride(), batch, heads, length, value_width,
+        s, rows[0], rows[1], v, o, do, dv, ds, du, dw, level, shares, columns, *v.stride(), *do.stride(),
+        batch, heads, length, value_width,
         BN=POSITIONS, BE=COLUMNS, num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
         **register_limit(WARPS),
     )  # fmt: skip
-    parts = torch.empty((batch * blocks, heads, width), dtype=torch.float32, device=k.device)
+    parts = s.new_empty(batch * blocks, heads, width)
     key_kernel[(batch * heads, blocks)](
         q, k, ds, dk, parts, *q.stride(), *k.stride(), slices, batch, heads, length, width, scale,
         BN=POSITIONS, BD=COLUMNS, num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
-    return column_sums(parts, q), dk, dv
+    dstart = (None, None) if level is None else (column_sums(shares, level), columns)
+    return column_sums(parts, q), dk, dv, *dstart

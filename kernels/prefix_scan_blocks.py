@@ -23,7 +23,7 @@ import triton.language as tl
 
 from attnproof.kernels.states import register_limit
 
-__all__ = ["Call", "State", "block_scan", "joined", "joined_rows", "logits", "neutral", "scanned"]
+__all__ = ["Call", "State", "begin", "block_scan", "joined", "joined_rows", "logits", "neutral", "scanned"]
 
 INF: tl.constexpr = tl.constexpr(math.inf)
 
@@ -260,3 +260,8 @@ def neutral(call: Call) -> State:
         call.new(batch, heads).zero_(),
         call.new(batch, heads, value_width).zero_(),
     )
+
+
+def begin(call: Call) -> State:
+    """The triples before the first position, in memory of their own."""
+    return neutral(call) if call.start is None else State(*(x.clone() for x in call.start))

@@ -24,6 +24,7 @@ from attnproof.kernels.prefix_scan_blocks import (
     WARPS,
     Call,
     State,
+    begin,
     joined_rows,
     logits,
     neutral,
@@ -143,7 +144,7 @@ def by_doubling(call: Call) -> tuple[torch.Tensor, State, torch.Tensor, torch.Te
     batch, heads, length, _, value_width = call.sizes
     s, o, rows = logits(call), call.outputs(), call.rows()
     if not s.numel():
-        return o, call.start or neutral(call), s, rows
+        return o, begin(call), s, rows
     here = State(s.clone(), torch.ones_like(s), call.v.to(torch.float32, copy=True).contiguous())
     there = call.states(length)
     grid = (batch * heads, triton.cdiv(length, POSITIONS), triton.cdiv(value_width, COLUMNS))
@@ -183,7 +184,7 @@ def by_sweeps(call: Call) -> tuple[torch.Tensor, State, torch.Tensor, torch.Tens
     """As :func:`by_doubling`, by Blelloch's two sweeps over blocks of :data:`LEAF` positions."""
     s, o, rows = logits(call), call.outputs(), call.rows()
     if not s.numel():
-        return o, call.start or neutral(call), s, rows
+        return o, begin(call), s, rows
     runs = triton.cdiv(call.sizes[2], LEAF)
     count: int = triton.next_power_of_2(runs)
     states = call.states(count)

@@ -126,10 +126,10 @@ def pairs_kernel(
 def pairs_tile(dtype: torch.dtype, width: int, value_width: int) -> tuple[int, int, int, int]:
     """Rows, columns and value channels of a tile of :func:`pairs_kernel`, and its warps.
 
-    Exact float32 products keep whole rows of both operands in registers: beyond a width of 64, 280 bytes of
-    them are spilled with 32 rows or columns, and none with 16 (tests/kernels/test_compiled.py).
+    Exact float32 products keep whole rows of both operands in registers: beyond a width of 32, some hundred
+    bytes of them are spilled with 32 rows or columns, and none with 16 (tests/quality/spills.py).
     """
-    wide = padded_width(width) > 64
+    wide = padded_width(width) > (32 if dtype == torch.float32 else 64)
     side = 16 if wide and dtype == torch.float32 else 32
     return side, side, min(padded_width(value_width), 64), 8 if wide else 4
 

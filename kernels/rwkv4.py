@@ -205,7 +205,7 @@ class Form:
 
 
 class TimeMixing(torch.autograd.Function):
-    """w, u, k, v and a state before them to o and the state behind; only o is differentiated, by the four."""
+    """w, u, k, v and a state before them to o and the state behind; the states' p have no gradient."""
 
     @staticmethod
     def forward(
@@ -214,12 +214,14 @@ class TimeMixing(torch.autograd.Function):
         u: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        start: State | None,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        p: torch.Tensor | None,
         form: Form,
     ) -> tuple[torch.Tensor, ...]:
         batch, heads, length = k.shape
-        kept = any(ctx.needs_input_grad[:4])
-        end = begin(start, k)
+        kept = any(ctx.needs_input_grad)
+        end = begin(None if a is None or b is None or p is None else State(a, b, p), k)
         o = torch.empty(k.shape, dtype=torch.float32 if kept else k.dtype, device=k.device)
         rows = places = None
         if kept:
@@ -231,17 +233,20 @@ class TimeMixing(torch.autograd.Function):
                 *v.stride(), batch, heads, length,
             )  # fmt: skip
         if kept:
-            ctx.save_for_backward(w, u, k, v, o, rows, places, *(start or ()))
-        ctx.mark_non_differentiable(*end)
+            ctx.save_for_backward(w, u, k, v, o, rows, places, a, b, p)
+        ctx.mark_non_differentiable(end.p)
         return o.to(k.dtype, copy=kept), *end
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        w, u, k, v, o, rows, places, *start = ctx.saved_tensors
-        found = gradients((w, u, k, v), tuple(start) or None, o, rows, places, do)
-        needed = (x if need else None for x, need in zip(found, ctx.needs_input_grad[:4], strict=True))
-        return *needed, None, None
+    def backward(
+        ctx: Any, do: torch.Tensor, da: torch.Tensor, db: torch.Tensor, _: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        # cotangents of outputs that nobody used come as zeros
+        *tensors, o, rows, places, a, b, p = ctx.saved_tensors
+        start = None if p is None else (a, b, p)
+        found = (*gradients(tuple(tensors), start, o, rows, places, do, (da, db)), None, None)
+        return tuple(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
 def begin(start: State | None, k: torch.Tensor) -> State:
@@ -278,7 +283,7 @@ Answer = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 
 
 def checked_state(state: Given | None, k: torch.Tensor, kernel: str) -> State | None:
-    """``state`` with contiguous tensors; raise unless it is None or (a, b, p) (B,H), without gradient."""
+    """``state`` with contiguous tensors, p a constant; raise unless it is None or (a, b, p) (B,H)."""
     if state is None:
         return None
     if not isinstance(state, tuple) or len(state) != 3:
@@ -290,9 +295,8 @@ def checked_state(state: Given | None, k: torch.Tensor, kernel: str) -> State | 
         if x is None:
             raise ContractError(f"{kernel}: {label} is None: expected float32 of shape {tuple(k.shape[:2])}")
         check_initial_state(label, x, tuple(k.shape[:2]), k, kernel)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ContractError(f"{kernel}: {label} requires a gradient, and gets none: detach it")
-    return State(*(x.detach().contiguous() for x in state))
+    a, b, p = (x.contiguous() for x in state)
+    return State(a, b, p.detach())
 
 
 def run(
@@ -304,7 +308,8 @@ def run(
     """Check a call and compute it by ``form``."""
     check_channels(*tensors, form.name)
     start = checked_state(initial_state, tensors[2], form.name)
-    o, a, b, p = TimeMixing.apply(*tensors, start, form)  # type: ignore[no-untyped-call]
+    before = start or (None, None, None)
+    o, a, b, p = TimeMixing.apply(*tensors, *before, form)  # type: ignore[no-untyped-call]
     return (o, a, b, p) if return_state else o
 
 
@@ -318,22 +323,22 @@ def attention(
     initial_state: Given | None = None,
     return_state: bool = False,
 ) -> Answer:
-    """RWKV-4's time mixing of k and v by scans of tiles; differentiable once in all four tensors.
+    """RWKV-4's time mixing of k and v by scans of tiles; differentiable once, through states too.
 
     Args:
         w: (H,) log decays ≤ 0, −inf included.
         u: (H,) what is added to a position's own logit.
         k, v: (B,H,N); float32, float16 or bfloat16, as w and u; any strides.
         initial_state: (a, b, p), float32 (B,H): sums scaled by e^−p, and the largest exponent so far, as the
-            first position reads it; p may be −∞ where a and b are 0, which is what None stands for. It has no
-            gradient.
-        return_state: also return the state behind the last position, which has no gradient either.
+            first position reads it; p may be −∞ where a and b are 0, which is what None stands for. a and b
+            have gradients, p none.
+        return_state: also return the state behind the last position; a and b take cotangents, p none.
 
     Returns:
         o (B,H,N) of w's dtype, or the flat tuple (o, a, b, p).
 
     Raises:
-        ContractError: for arguments that the contract does not allow; a state that asks for a gradient too.
+        ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64.
     """
     return run((w, u, k, v), initial_state, return_state, Form("attention", launch_scan))
@@ -358,7 +363,7 @@ def recurrent(
         o (B,H,N) of w's dtype, or the flat tuple (o, a, b, p).
 
     Raises:
-        ContractError: for arguments that the contract does not allow; a state that asks for a gradient too.
+        ContractError: for arguments that the contract does not allow.
         NotImplementedError: for float64.
     """
     return run((w, u, k, v), initial_state, return_state, Form("recurrent", launch_recurrent))

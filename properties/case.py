@@ -56,9 +56,10 @@ _FLAGS = (
     "z",
     "delta_bias",
     "delta_softplus",
+    "wide_gates",
 )
 # Options of a case that are no keyword of the call.
-APART = ("causal_alignment", "cotangents", "gate", "complex", "skip")
+APART = ("causal_alignment", "cotangents", "gate", "complex", "skip", "wide_gates")
 """Options of a case that decide about tensors of the call, and are no keyword of it."""
 
 # Parameters that are pairs of a real and an imaginary part where the case is complex.
@@ -67,9 +68,6 @@ _PAIRS = ("a", "b", "c", "state")
 _SWITCHED_OFF = ("variance",)
 _EPS = 2.0**-10
 _NORMALISERS = (("linear", "z"), ("prefix_scan", "u"), ("rwkv4", "b"))
-# Families whose final states have no cotangents; the latter have no gradients at all beside a state.
-_STATES_APART = ("mlstm", "prefix_scan", "rwkv4")
-_FORWARD_WITH_STATES = ("prefix_scan", "rwkv4")
 _BIAS = re.compile("[b1][h1][m1][n1]")
 
 
@@ -96,9 +94,10 @@ class Case:
             attention "off", ``gate`` the shape of g, "head" (B, H, N) or "channel" (B, H, N, D),
             ``initial_state`` and ``return_state`` True, ``complex`` True where the parameters of a state
             space are pairs of a real and an imaginary part, ``skip`` True where its skip terms are handed
-            over, ``z``, ``delta_bias`` and ``delta_softplus`` True, ``discretization`` "zoh", ``cotangents``
-            the kind of those that gradients are asked for (one of
-            :data:`attnproof.properties.signatures.COTANGENTS`). Options that are False or None are left out.
+            over, ``z``, ``delta_bias`` and ``delta_softplus`` True, ``discretization`` "zoh", ``wide_gates``
+            True where gates are float32 beside half-precision inputs, ``cotangents`` the kind of those that
+            gradients are asked for (one of :data:`attnproof.properties.signatures.COTANGENTS`). Options that
+            are False or None are left out.
         view: a memory layout of :data:`attnproof.properties.views.VIEWS`.
         seed: ≥ 0.
 
@@ -264,7 +263,10 @@ def make_inputs(case: Case) -> Inputs:
             centre, deviation = form.parameters[name]
             values[name] = centre + deviation * draw.normal(name, *shape)
         full = np.broadcast_to(values.pop(name), shape)
-        tensors[name] = lay_out(_stored(full, case.torch_dtype), case.view, name)
+        dtype = case.torch_dtype
+        if case.option("wide_gates") and name in form.wide and dtype != torch.float64:
+            dtype = torch.float32
+        tensors[name] = lay_out(_stored(full, dtype), case.view, name)
     return Inputs(tensors, _keywords(case, draw, values), _cotangents(case, draw, tensors))
 
 
@@ -322,7 +324,7 @@ def _keyword_tensor(name: str, case: Case, draw: Draw, values: dict[str, Any]) -
 
 
 def _initial_states(case: Case, draw: Draw, values: dict[str, Any]) -> Any:
-    """The state handed to the call, float32 unless the inputs are float64; a tuple of two where it is."""
+    """The state handed to the call, float32 or, with such inputs, float64; a tuple if it has parts."""
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     made = []
     for name, axes in case_states(case).items():
@@ -348,13 +350,13 @@ def case_states(case: Case) -> dict[str, tuple[str, ...]]:
 def _cotangents(case: Case, draw: Draw, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A cotangent for each output, of the kind that the case names."""
     kind = case.option("cotangents")
-    carried = case.option("initial_state") or case.option("return_state")
-    if kind is None or (case.family in _FORWARD_WITH_STATES and carried):
+    if kind is None:
         return {}
     form = SIGNATURES[case.family]
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     made = {}
-    states = case_states(case) if case.option("return_state") and case.family not in _STATES_APART else {}
+    carried = case_states(case) if case.option("return_state") else {}
+    states = {name: axes for name, axes in carried.items() if name not in form.levels}
     for name, axes in {**form.outputs, **states}.items():
         if name == "lse" and not case.option("return_lse"):
             continue

@@ -31,8 +31,12 @@ class Signature:
         parameters: tensors that a regime need not make; drawn as centre + deviation · N(0, 1).
         states: what a call hands to the next one: final states come as further outputs with the option
             ``return_state``. "F" is the width of the features, "S" the number of sequences.
+        levels: those of them in whose exponential the others are measured. What is computed from a state
+            depends on both only together, so that gradients hold levels constant and have none for them.
         optional: positional tensors that are handed over only where the case has the option named here.
         keywords: tensors that are handed over by keyword where the case has the option of that name.
+        wide: tensors that may be float32 beside others in half precision, and are so where the case has the
+            option ``wide_gates``.
         values: the tensor in which the outputs are linear.
         scanned: whether a family without states is still computed along the sequence.
     """
@@ -44,8 +48,10 @@ class Signature:
     required: tuple[str, ...] = ()
     parameters: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     states: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    levels: tuple[str, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     keywords: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
     values: str = "v"
     scanned: bool = False
 
@@ -138,9 +144,10 @@ SIGNATURES: dict[str, Signature] = {
         _SEQUENCE,
         {**_EQUAL_QKV, "g": ("B", "H", "N", "D")},
         {"o": ("B", "H", "N", "E")},
-        ("gate", *_CARRYING),
+        ("gate", "wide_gates", *_CARRYING),
         ("scale",),
         states=_STATE,
+        wide=("g",),
     ),
     "retention": Signature(
         _SEQUENCE, _EQUAL_QKV, {"o": ("B", "H", "N", "E")}, _CARRYING, ("scale",), states=_STATE
@@ -149,27 +156,31 @@ SIGNATURES: dict[str, Signature] = {
         _SEQUENCE,
         {**_EQUAL_QKV, "g": ("B", "H", "N", "D"), "u": ("H", "D")},
         {"o": ("B", "H", "N", "E")},
-        _CARRYING,
+        ("wide_gates", *_CARRYING),
         ("scale",),
         {"u": (0.0, 1.0)},
         states=_STATE,
+        wide=("g",),
     ),
     "mlstm": Signature(
         _SEQUENCE,
         {**_EQUAL_QKV, "i": ("B", "H", "N"), "f": ("B", "H", "N")},
         {"o": ("B", "H", "N", "E")},
-        ("return_state", "cotangents"),
+        ("wide_gates", *_CARRYING),
         ("scale",),
         states={"state": ("S", "H", "D", "E"), "n": ("S", "H", "D"), "m": ("S", "H")},
+        levels=("m",),
+        wide=("i", "f"),
     ),
     "delta": Signature(
         _SEQUENCE,
         {**_EQUAL_QKV, "beta": ("B", "H", "N"), "g": ("B", "H", "N")},
         {"o": ("B", "H", "N", "E")},
-        ("gate", *_CARRYING),
+        ("gate", "wide_gates", *_CARRYING),
         ("scale",),
         states=_STATE,
         optional={"g": "gate"},
+        wide=("beta", "g"),
     ),
     "ssm": Signature(
         ("B", "H", "N", "D"),
@@ -219,10 +230,11 @@ SIGNATURES: dict[str, Signature] = {
             "D": ("H",),
         },
         {"y": ("B", "H", "N", "E")},
-        ("skip", *_CARRYING),
+        ("skip", "wide_gates", *_CARRYING),
         states=_STATE,
         optional={"D": "skip"},
         values="x",
+        wide=("dt", "A"),
     ),
     "prefix_scan": Signature(
         _SEQUENCE,
@@ -231,6 +243,7 @@ SIGNATURES: dict[str, Signature] = {
         ("initial_state", "return_state", "cotangents"),
         ("scale",),
         states={"m": ("S", "H"), "u": ("S", "H"), "w": ("S", "H", "E")},
+        levels=("m",),
     ),
     "rwkv4": Signature(
         ("B", "H", "N"),
@@ -238,5 +251,6 @@ SIGNATURES: dict[str, Signature] = {
         {"o": ("B", "H", "N")},
         ("initial_state", "return_state", "cotangents"),
         states={"a": ("S", "H"), "b": ("S", "H"), "p": ("S", "H")},
+        levels=("p",),
     ),
 }

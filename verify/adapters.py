@@ -13,6 +13,7 @@ from attnproof.kernels import (
     delta,
     gated_linear,
     linear,
+    mlstm,
     prefix_scan,
     retention,
     rwkv4,
@@ -31,6 +32,7 @@ __all__ = [
     "delta_handed_over",
     "gated_linear_handed_over",
     "linear_handed_over",
+    "mlstm_handed_over",
     "prefix_scan_handed_over",
     "retention_handed_over",
     "rwkv4_handed_over",
@@ -104,6 +106,7 @@ linear_handed_over = _handed_over(linear.attention, linear.recurrent)
 gated_linear_handed_over = _handed_over(gated_linear.attention, gated_linear.recurrent)
 retention_handed_over = _handed_over(retention.recurrent, retention.attention)
 rwkv6_handed_over = _handed_over(rwkv6.attention, rwkv6.recurrent)
+mlstm_handed_over = _handed_over(mlstm.attention_recurrent, mlstm.attention)
 delta_handed_over = _handed_over(delta.recurrent, delta.attention)
 ssm_handed_over = _handed_over(ssm.convolution, ssm.scan)
 selective_scan_handed_over = _handed_over(selective_scan.scan, selective_scan.recurrent)

@@ -77,8 +77,8 @@ _OPTIONS: Mapping[str, tuple[Mapping[str, object], ...]] = {
     ),
     "ssd": ({"skip": True}, {}),
 }
-# Families without initial states, or with gradients only where there is none.
-_STATELESS = ("h3", "prefix_scan", "rwkv4")
+# Families without initial states.
+_STATELESS = ("h3",)
 _MOST = 2.0
 
 
@@ -145,8 +145,6 @@ def _case(family: str, dtype: str, seed: int) -> Case:
     kinds = _OPTIONS.get(family, ({},))
     options = kinds[_DTYPES.index(dtype) % len(kinds)]
     carried: dict[str, object] = {"initial_state": True, "return_state": True}
-    if family == "mlstm":
-        del carried["initial_state"]
     chosen = {**options, **({} if family in _STATELESS else carried), "cotangents": "normal"}
     shape = {symbol: _SIZES[symbol] for symbol in SIGNATURES[family].symbols}
     return Case(family, dtype, shape, "normal", chosen, seed=seed)  # type: ignore[arg-type]

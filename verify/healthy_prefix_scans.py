@@ -1,8 +1,8 @@
 """Correct implementations of prefix attention and RWKV-4, for calibration: a recurrence and another form.
 
-Plain torch that autograd differentiates, in float32: position by position with a running maximum, over a
-table of all prefixes, or by pairs that double their reach at every round. No code is shared with the suite's
-kernels.
+Plain torch that autograd differentiates, in float32, with every largest exponent held constant: position by
+position with a running maximum, over a table of all prefixes, or by pairs that double their reach at every
+round. No code is shared with the suite's kernels.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ def _weighted_steps(
     logits: torch.Tensor, values: torch.Tensor, state: Tensors | None
 ) -> tuple[torch.Tensor, Tensors]:
     """o_t of all positions up to t, logits (B, H, N), values (B, H, N, E), by a running maximum."""
-    m = torch.full(logits.shape[:2], -torch.inf)
-    u, w = torch.zeros_like(m), torch.zeros(*m.shape, values.shape[3])
-    if state is not None:
-        m, u, w = state
+    m, u, w = _nothing(values) if state is None else state
     outputs = []
     for t in range(logits.shape[2]):
         before, m = m, torch.maximum(m, logits[:, :, t]).detach()
@@ -53,29 +50,22 @@ def _weighted_steps(
 def _weighted_matrix(
     storage: Storage, logits: torch.Tensor, values: torch.Tensor, state: Tensors | None
 ) -> tuple[torch.Tensor, Tensors]:
-    """The same in two passes over a table of all prefixes; the state is one more position at the front."""
-    if state is not None:
-        m, u, w = state
-        mean = torch.where(u > 0, 1.0 / u, 0.0)[..., None] * w
-        logits = torch.cat([(m + torch.log(u))[..., None], logits], 2)
-        values = torch.cat([mean[:, :, None], values], 2)
+    """The same in two passes over a table of all prefixes, beside which stands the state."""
+    m, u, w = _nothing(values) if state is None else state
     length = logits.shape[2]
-    first = 0 if state is None else 1
-    if length == first:
-        return values[:, :, first:], state if state is not None else _nothing(values)
-    unseen = ~torch.ones(length, length, dtype=torch.bool).tril()[first:]
+    if not length:
+        return values, (m, u, w)
+    unseen = ~torch.ones(length, length, dtype=torch.bool).tril()
     scores = logits[:, :, None].masked_fill(unseen, -torch.inf)
-    top = scores.amax(-1, keepdim=True).detach()
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    o = (storage.operand(weights) @ values) / total
-    # Of a state the exponent counts, not that times its sum.
-    m = logits[:, :, first:].amax(-1) if state is None else torch.maximum(state[0], logits[:, :, 1:].amax(-1))
-    since = torch.exp(top[:, :, -1, 0] - m)
-    return o, (m, since * total[:, :, -1, 0], since[..., None] * (weights[:, :, -1:] @ values)[:, :, 0])
+    top = torch.maximum(scores.amax(-1), m[..., None]).detach()
+    weights, first = torch.exp(scores - top[..., None]), torch.exp(m[..., None] - top)
+    sums = weights.sum(-1) + first * u[..., None]
+    weighted = storage.operand(weights) @ values + first[..., None] * w[:, :, None]
+    return weighted / sums[..., None], (top[:, :, -1], sums[:, :, -1], weighted[:, :, -1])
 
 
 def _nothing(values: torch.Tensor) -> Tensors:
+    """The neutral state."""
     m = torch.full(values.shape[:2], -torch.inf)
     return m, torch.zeros_like(m), torch.zeros(*m.shape, values.shape[3])
 

@@ -38,7 +38,7 @@ _DELTA = replace(_GATED, family="delta")
 _LINEAR = replace(_GATED, family="linear", options=("causal", *_CARRYING))
 _RETENTION = replace(_GATED, family="retention")
 _RWKV6 = replace(_GATED, family="rwkv6")
-_MLSTM = replace(_GATED, family="mlstm", options=("return_state",))
+_MLSTM = replace(_GATED, family="mlstm")
 
 Tensors = tuple[torch.Tensor, ...]
 # From sequences in float32 (B, H, N, ·) and a state (B, H, D, E) to outputs and the last state.
@@ -382,6 +382,31 @@ def chunked_delta(*tensors: Any, **options: Any) -> Any:
 # ---- mLSTM
 
 
+def _mlstm_steps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    i: torch.Tensor,
+    f: torch.Tensor,
+    state: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o and the last state, q scaled, in float32 with the running maximum, which has no gradient."""
+    kept = torch.nn.functional.logsigmoid(f)
+    m, outputs = m.detach(), []
+    for t in range(q.shape[2]):
+        before, m = m, torch.maximum(kept[:, :, t] + m, i[:, :, t]).detach()
+        decay = torch.exp(kept[:, :, t] + before - m)
+        key = torch.exp(i[:, :, t] - m)[..., None] * k[:, :, t]
+        state = decay[..., None, None] * state + key[..., :, None] * v[:, :, t, None, :]
+        n = decay[..., None] * n + key
+        size = (q[:, :, t] * n).sum(-1).abs()
+        total = torch.maximum(size, torch.exp(-m))
+        outputs.append((q[:, :, t, None] @ state)[:, :, 0] / total[..., None])
+    return _stacked(outputs, v), state, n, m
+
+
 @promises(_MLSTM)
 def recurrent_mlstm(
     q: torch.Tensor,
@@ -391,24 +416,21 @@ def recurrent_mlstm(
     f: torch.Tensor,
     *,
     scale: float,
+    initial_state: Tensors | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     return_state: bool = False,
 ) -> Any:
     """mLSTM, step by step in float32 with the running maximum."""
     batch, heads, length, width = q.shape
-    queries, keys, values, written = scale * q.float(), k.float(), v.float(), i.float()
-    kept = torch.nn.functional.logsigmoid(f.float())
-    state = torch.zeros(batch, heads, width, v.shape[3])
-    n, m = torch.zeros(batch, heads, width), torch.full((batch, heads), -torch.inf)
-    outputs = []
-    for t in range(length):
-        before, m = m, torch.maximum(kept[:, :, t] + m, written[:, :, t]).detach()
-        decay = torch.exp(kept[:, :, t] + before - m)
-        weight = torch.exp(written[:, :, t] - m)
-        key = weight[..., None] * keys[:, :, t]
-        state = decay[..., None, None] * state + key[..., :, None] * values[:, :, t, None, :]
-        n = decay[..., None] * n + key
-        size = (queries[:, :, t] * n).sum(-1).abs()
-        total = torch.maximum(size, torch.exp(-m))
-        outputs.append((queries[:, :, t, None] @ state)[:, :, 0] / total[..., None])
-    o = _stacked(outputs, values).to(q.dtype)
-    return (o, state, n, m) if return_state else o
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    if initial_state is None:
+        count = batch if cu_seqlens is None else len(bounds) - 1
+        zeros = torch.zeros(count, heads, width, v.shape[3] + 1)
+        initial_state = (zeros[..., :-1], zeros[..., -1], torch.full((count, heads), -torch.inf))
+    tensors = (scale * q.float(), k.float(), v.float(), i.float(), f.float())
+    runs = []
+    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        state = (x if cu_seqlens is None else x[index : index + 1] for x in initial_state)
+        runs.append(_mlstm_steps(*(x[:, :, start:stop] for x in tensors), *(x.float() for x in state)))
+    o, *states = (torch.cat(x, 2 if number == 0 else 0) for number, x in enumerate(zip(*runs, strict=True)))
+    return (o.to(q.dtype), *states) if return_state else o.to(q.dtype)

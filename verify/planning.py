@@ -37,7 +37,7 @@ DEFAULT_EXAMPLES: Mapping[str, int] = {
     **dict.fromkeys(STATE_FORMS, 12),
     **dict.fromkeys(("sigmoid", "relu", "batch_normalised", "scaled_head", "differential", "easy"), 64),
 }
-_STORED = ("calibration", "gradient_alarms", "growth", "detection")
+_STORED = ("calibration", "gradient_alarms", "growth", "long", "detection")
 _FOR_AN_EXAMPLE = 66
 _THOROUGH = 20
 # Cases at which each invariant is put to a kernel.

@@ -195,6 +195,11 @@ class EnclosureArithmetic(Arithmetic[Ball]):
             relative = torch.full_like(value, ELEMENTARY)
         elif a.radius.numel() and a.radius.max().item() > 1.0:
             relative = torch.expm1(a.radius).mul_(1.0 + 4 * ELEMENTARY).add_(ELEMENTARY)
+            # Far below 0 the largest value that the exponential can have says more than the product.
+            largest = torch.exp(a.value + a.radius).mul_(1.0 + 2048 * EPSILON).add_(SMALLEST_NORMAL)
+            product = relative.mul_(value + SMALLEST_NORMAL).nan_to_num_(nan=math.inf, posinf=math.inf)
+            radius = torch.minimum(product, largest).mul_(SLACK).add_(2 * SMALLEST_NORMAL)
+            return _settled(value, radius, check_value=True)
         else:
             relative = torch.addcmul(a.radius, a.radius, a.radius).add_(ELEMENTARY)
         # A result below the smallest normal number may have been flushed to 0: the radius starts from there.

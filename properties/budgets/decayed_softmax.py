@@ -5,7 +5,8 @@ What is counted for the logit D_tj of a row, relative to its weight (the errors 
 * the logit's own error: a dot product, or the storage of scores;
 * one exponential for each time a kernel rescales what it has of position j. Without a decay that is at most
   once for each position with a larger logit (``rows.overtaking``), on any path through a recurrence or a
-  tree; with a decay a kernel may take one in every step, and in every level of a tree above the steps;
+  tree, an initial state having its level for a logit, whatever its mass; with a decay a kernel may take one
+  in every step, and in every level of a tree above the steps;
 * with a decay the running exponent p = max(w + p, k), rounded in every step, Σ 2u(|p| + |w|) from j to t; or
   the products (t − 1 − j) w, or running sums of w that start up to 128 positions before j;
 * arguments: their differences telescope to the distance from the largest logit.
@@ -33,21 +34,37 @@ from attnproof.properties.budgets.propagation import Estimate, coincidence
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 from attnproof.properties.budgets.rows import Row, Spread, normaliser_shift, overtaking, second_moment
 from attnproof.properties.budgets.softmax import upheaved_weights
-from attnproof.properties.budgets.stored import sampled_budget, stored_budget, with_leaks
+from attnproof.properties.budgets.stored import sampled_budget, with_leaks
 from attnproof.properties.contract import Contract
-from attnproof.properties.families.state_layout import unsampled
 
 if TYPE_CHECKING:
     from attnproof.properties.families.decayed_softmax import DecayedSoftmax
 
-__all__ = ["CHUNK", "Quotient", "RowErrors", "Weighed", "common_errors", "output_budgets"]
+__all__ = ["CHUNK", "DROWNED", "Quotient", "RowErrors", "Start", "Weighed", "common_errors", "output_budget"]
 
 CHUNK = 128
 """The longest run of positions over which a kernel may sum w before it takes differences."""
 
+DROWNED = 600.0
+"""How far above all logits a level without mass lies where nothing is left of a row beside it."""
+
 _LARGEST_EXPONENT = 700.0
 # A denominator of which less than this many times what may underflow is left says nothing.
 _LEAST = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The initial state's weight m₀ + t w in some rows, of a unit of mass, with its errors; all (B, H, R, 1).
+
+    Attributes:
+        x: −inf where the state is neutral; certain, variance, drift: as of :class:`Weighed`.
+    """
+
+    x: torch.Tensor
+    certain: torch.Tensor
+    variance: torch.Tensor
+    drift: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +74,24 @@ class Weighed:
     Attributes:
         places: int64 (R,), the rows; row: their weights (B, H, R, C).
         v: (B, H, C, E).
-        certain, variance: of the logits, (B, H, R, C).
+        certain, variance: of the logits, (B, H, R, C); rescales: what of ``certain`` are exponentials.
         drift: (B, H, R, C), standard deviation of errors that grow step by step with one sign: adding one w
             to exponents of one binade rounds alike each time, and so does rescaling by one factor.
         frame: (B, H, R, 1), the exponent that a kernel scales by, of an initial state without mass too.
         lost: bool (B, H, R, 1), where an intermediate may overflow.
+        start: the initial state, whether it has mass or not; None without one.
     """
 
     places: torch.Tensor
     row: Row
     v: torch.Tensor
     certain: torch.Tensor
+    rescales: torch.Tensor
     variance: torch.Tensor
     drift: torch.Tensor
     frame: torch.Tensor
     lost: torch.Tensor
+    start: Start | None
 
     @property
     def lift(self) -> torch.Tensor:
@@ -150,13 +170,15 @@ class RowErrors:
         ends = self.pattern[:, :, (places + 1).clamp(max=length), None]
         drift = (ends - self.pattern[:, :, None, 1 : stop + 1]).clamp(min=0.0) * seen
         frame = x.amax(-1, keepdim=True) if stop else x.new_full((*x.shape[:-1], 1), -torch.inf)
-        v = self.values[:, :, :stop]
+        v, start = self.values[:, :, :stop], None
         if problem.initial is not None:
-            x, certain, variance, frame = self._with_initial(places, x, certain, variance, frame)
+            start = self._start(places, ends.expand(frame.shape))
+            x, certain = self._with_mass(start, x, certain)
+            variance = torch.cat((variance, start.variance), -1)
             v = torch.cat((v, self.values[:, :, length:]), 2)
-            drift = torch.cat((drift, ends.expand(frame.shape)), -1)
-        row = Row.of(x)
-        return self._with_exponentials(places, row, v, (certain, variance, drift), frame)
+            drift = torch.cat((drift, start.drift), -1)
+            frame = torch.maximum(frame, start.x)
+        return self._with_exponentials(places, Row.of(x), v, (certain, variance, drift), frame, start)
 
     def _walked(
         self, age: torch.Tensor, places: torch.Tensor, stop: int
@@ -175,15 +197,8 @@ class RowErrors:
         variance = (u * age * w).square() / 3.0
         return walked * (w > 0) + moving * (direct + summed + exps), variance * (w > 0)
 
-    def _with_initial(
-        self,
-        places: torch.Tensor,
-        x: torch.Tensor,
-        certain: torch.Tensor,
-        variance: torch.Tensor,
-        frame: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The initial state as one more key, last, of logit m₀ + t w + log u₀ and value w₀/u₀."""
+    def _start(self, places: torch.Tensor, drift: torch.Tensor) -> Start:
+        """The initial state in some rows, its exponentials apart."""
         problem, initial, u = self.problem, self.problem.initial, self.r.elementwise
         assert initial is not None
         m = initial.m.double()[..., None, None]
@@ -191,28 +206,30 @@ class RowErrors:
         w = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         if problem.decay is not None:
             w = problem.decay.double().reshape(1, -1, 1, 1)
-        first = m + steps * w
-        mass = torch.log(initial.u.double().clamp(min=5e-324))[..., None, None]
-        kept = (initial.present & (initial.u > 0))[..., None, None]
+        present = initial.present[..., None, None]
         error = 4.0 * u * (m.abs() + steps * w.abs()) + u
         depth = math.ceil(math.log2(self.s.shape[-1] + 2)) + 2.0
         moved = self.path[:, :, places, None] + (steps + depth) * self.r.exp * (w != 0)
         moved = moved + growth(float(CHUNK), self.r.accumulate) * w.abs() * (steps + CHUNK) * (w != 0)
         spread = u * u * (m.square() + (steps * w).square()) / 3.0
-        shape = frame.shape
-        found = [
-            torch.where(kept, y, other).expand(shape)
-            for y, other in ((first + mass, -torch.inf), (error + moved, 0.0), (spread, 0.0))
-        ]
-        above = torch.where(initial.present[..., None, None], first, -torch.inf)
-        # Its mass may be far from 1: the argument of its exponential is m₀ − m, not that and log u₀.
-        found[1] = found[1] + torch.where(kept, 4.0 * u * mass.abs(), 0.0)
-        return (
-            torch.cat((x, found[0]), -1),
-            torch.cat((certain, found[1]), -1),
-            torch.cat((variance, found[2]), -1),
-            torch.maximum(frame, above.expand(shape)),
+        return Start(
+            torch.where(present, m + steps * w, -torch.inf).expand(drift.shape),
+            torch.where(present, error + moved, 0.0).expand(drift.shape),
+            torch.where(present, spread, 0.0).expand(drift.shape),
+            torch.where(present, drift, 0.0),
         )
+
+    def _with_mass(
+        self, start: Start, x: torch.Tensor, certain: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The initial state as one more key, last, of logit m₀ + t w + log u₀ and value w₀/u₀."""
+        assert self.problem.initial is not None
+        mass = self.problem.initial.u.double()[..., None, None]
+        logarithm = torch.log(mass.clamp(min=5e-324))
+        own = torch.where(mass > 0, start.x + logarithm, -torch.inf)
+        # Its mass may be far from 1: the argument of its exponential is m₀ − m, not that and log u₀.
+        error = torch.where(own > -torch.inf, start.certain + 4.0 * self.r.elementwise * logarithm.abs(), 0.0)
+        return torch.cat((x, own), -1), torch.cat((certain, error), -1)
 
     def _with_exponentials(
         self,
@@ -221,23 +238,39 @@ class RowErrors:
         v: torch.Tensor,
         errors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         frame: torch.Tensor,
+        start: Start | None,
     ) -> Weighed:
         """The row with what its exponentials add to the bound, the variance and the drift of its logits."""
         r, (certain, variance, drift) = self.r, errors
         seen = row.x > -torch.inf
         frame = torch.where(frame > -torch.inf, frame, 0.0)
-        distance = torch.where(seen, (frame - row.x).clamp(min=0.0), 0.0)
-        argument = 2.0 * r.elementwise * (2.0 * distance + frame.abs())
-        # Its own exponential, and those of the rescalings and of a last merge.
-        rescales = (overtaking(row, certain) + 4.0) * r.exp
-        certain = torch.where(seen, certain + argument + rescales, 0.0)
-        variance = variance + ((2.0 * distance * r.elementwise).square() + r.exp**2) / 3.0
-        variance = torch.where(seen, variance, 0.0)
+        # A kernel compares levels: of an initial state m₀ + t w, whatever its mass.
+        levels = row.x if start is None else torch.cat((row.x[..., :-1], start.x), -1)
+        counted = replace(row, x=levels, count=(levels > -torch.inf).sum(-1, keepdim=True).double())
+        rescales = (overtaking(counted, certain) + 4.0) * r.exp
+        argued, spread = self._exponential(row.x, frame)
+        certain = torch.where(seen, certain + argued + rescales, 0.0)
+        variance = torch.where(seen, variance + spread, 0.0)
         stop = min(int(places[-1]) + 1, self.problem.sizes[2])
         lost = (self.logits.lost[:, :, None, :stop] & seen[..., :stop]).any(-1, keepdim=True)
         high = torch.where(seen, row.x, 0.0).abs() * LOG2E >= r.largest / 4.0
         lost = lost | high.any(-1, keepdim=True) | (frame.abs() * LOG2E >= r.largest / 4.0)
-        return Weighed(places, row, v, certain, variance, drift, frame, lost)
+        if start is not None:
+            argued, spread = self._exponential(start.x, frame)
+            present = start.x > -torch.inf
+            start = replace(
+                start,
+                certain=torch.where(present, start.certain + argued + rescales[..., -1:], 0.0),
+                variance=torch.where(present, start.variance + spread, 0.0),
+            )
+            lost = lost | (frame - row.lse > DROWNED - 20.0)
+        return Weighed(places, row, v, certain, rescales, variance, drift, frame, lost, start)
+
+    def _exponential(self, x: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bound and variance of the relative error of e^{x − frame} by its argument, and by itself."""
+        distance = torch.where(x > -torch.inf, (frame - x).clamp(min=0.0), 0.0)
+        argued = 2.0 * self.r.elementwise * (2.0 * distance + frame.abs())
+        return argued, ((2.0 * distance * self.r.elementwise).square() + self.r.exp**2) / 3.0
 
     def quotient(self, w: Weighed) -> Quotient:
         """o of some rows."""
@@ -298,67 +331,9 @@ class RowErrors:
             return variance + (2.0**-23 * n / 2.0 * (p @ v.abs())).square()
         return variance + r.accumulate**2 * sums
 
-    def final_state(self) -> dict[str, Estimate]:
-        """m, u and w after the last position, before they are stored."""
-        problem, r = self.problem, self.r
-        batch, heads, length, _ = problem.sizes
-        names = problem.state_names
-        if not length:
-            zero = {name: torch.zeros(problem.shape(name), dtype=torch.float64) for name in names}
-            return {name: Estimate(x) for name, x in zero.items()}
-        w = self.weighed(torch.tensor([length]))
-        row, n = w.row, w.row.count
-        seen = row.x > -torch.inf
-        e = torch.where(seen, torch.exp((row.x - w.frame).clamp(max=_LARGEST_EXPONENT)), 0.0)
-        # The largest exponent errs as those do that may be the largest.
-        distance = torch.where(seen, w.frame - row.x, torch.inf)
-        own = w.certain - (overtaking(row, w.certain) + 4.0) * r.exp
-        m_error = self._exponent_error(distance, own, w)
-        relative = torch.expm1((w.certain + m_error).clamp(max=_LARGEST_EXPONENT))
-        state = r.storage("state")[0]
-        sums = growth(2.0 * n + 8.0, r.accumulate) + max(r.probabilities, r.operand) + r.input
-        sums = sums + (growth(n + 1.0, state) if state > r.elementwise else 0.0)
-        near = (distance <= 2.0 * m_error) & seen
-        m_variance = torch.where(near, w.variance + w.drift.square(), 0.0).amax(-1, keepdim=True)
-        tiny = r.probabilities_tiny + r.accumulate_tiny * (2.0 * n + 8.0)
-        found = {names[0]: (w.frame, m_error, m_variance)}
-        ones = torch.ones_like(w.v[..., :1])
-        for name, v in ((names[1], ones), (names[2], w.v)):
-            size = e @ v.abs()
-            certain = (e * relative) @ v.abs() * (1.0 + sums) + sums * size
-            certain = certain + tiny * (1.0 + seen.double() @ v.abs())
-            total = e @ v
-            unit = max(r.probabilities, r.operand) ** 2 + r.accumulate**2 * n
-            variance = (e.square() * (w.variance + unit * MEAN_SQUARE)) @ v.square()
-            variance = variance + ((e * w.drift) @ v).square()
-            variance = variance + total.square() * (m_variance + 4.0 * r.elementwise**2)
-            found[name] = (total, certain, variance)
-        lost = w.lost.reshape(batch, heads)
-        estimates = {}
-        for name, (value, certain, variance) in found.items():
-            shape = problem.shape(name)
-            mark = broadcast_mask(lost, shape) if bool(lost.any()) else None
-            estimates[name] = Estimate(
-                value.reshape(shape), certain.reshape(shape), variance.reshape(shape), mark
-            )
-        return estimates
 
-    def _exponent_error(self, distance: torch.Tensor, own: torch.Tensor, w: Weighed) -> torch.Tensor:
-        """How far a kernel's m may be from m, (B, H, 1, 1): by the errors of what may be the largest."""
-        r, initial = self.r, self.problem.initial
-        worst = own.clamp(min=0.0).amax(-1, keepdim=True)
-        near = torch.where(distance <= 2.0 * worst, own.clamp(min=0.0), 0.0).amax(-1, keepdim=True)
-        # An initial exponent with no mass is no column of the row.
-        if initial is not None:
-            near = near + 4.0 * r.elementwise * w.frame.abs()
-            near = near + (self.path[:, :, -1, None, None] if self.problem.decay is not None else 0.0)
-        return near + r.elementwise * w.frame.abs()
-
-
-def output_budgets(
-    problem: DecayedSoftmax, reference: Mapping[str, Enclosure], contract: Contract
-) -> dict[str, Budget]:
-    """Budgets of o and, where the call returns it, of the final state."""
+def output_budget(problem: DecayedSoftmax, reference: Mapping[str, Enclosure], contract: Contract) -> Budget:
+    """The budget of o."""
     errors, dtype = RowErrors(problem, contract), dtype_name(problem.dtype)
     exact = reference["o"].value
     parts = [errors.quotient(errors.weighed(places)) for places in problem.runs()]
@@ -377,38 +352,19 @@ def output_budgets(
             held = [x.new_zeros(shape).index_copy_(2, problem.sample, x) for x in held]
         certain, variance, lost = (x.reshape(exact.shape) for x in held)
         estimate = Estimate(exact, certain.nan_to_num(torch.inf), variance.nan_to_num(1e300, 1e300), lost)
-    left = unsampled(problem.sample, problem.sizes[2])
+    left = problem.unjudged
     left = left if exact.dim() == 4 else left[:, 0]
     budget = sampled_budget(estimate, exact, contract, dtype, problem.closed("o"), left)
-    budgets = {"o": with_leaks(budget, contract, broadcast_mask(problem.tainted, problem.shape("o")))}
-    if problem.with_state:
-        budgets |= _state_budgets(problem, errors, reference, contract)
-    return budgets
-
-
-def _state_budgets(
-    problem: DecayedSoftmax, errors: RowErrors, reference: Mapping[str, Enclosure], contract: Contract
-) -> dict[str, Budget]:
-    wide = "float64" if problem.dtype == torch.float64 else "float32"
-    found = errors.final_state()
-    budgets = {}
-    for name in problem.state_order:
-        value = reference[name].value
-        empty = broadcast_mask(problem.empty, tuple(value.shape))
-        value = torch.where(empty, 0.0, value)
-        estimate = replace(found[name], value=value)
-        budget = stored_budget(estimate, value, contract, wide, problem.closed(name))
-        if name == problem.state_names[0]:
-            budget = replace(budget, literal={-math.inf: empty & ~budget.open})
-        budgets[name] = budget
-    return budgets
+    return with_leaks(budget, contract, broadcast_mask(problem.tainted, problem.shape("o")))
 
 
 def common_errors(w: Weighed, r: Roundings) -> tuple[torch.Tensor, torch.Tensor]:
     """Bound and variance of log of a row's normaliser, (B, H, R, 1), as a backward kernel has it stored."""
-    row, size = w.row, w.row.lse.abs() + 1.0
+    row, size, state = w.row, w.row.lse.abs() + 1.0, r.storage("state")[0]
     _, shift = normaliser_shift(row, w.certain)
     certain = shift + growth(2.0 * row.count + 8.0, r.accumulate) + (8.0 * r.elementwise + 2.0 * r.lse) * size
+    certain = certain + 2.0 * row.count * r.probabilities_tiny * w.lift
+    certain = certain + (growth(row.count + 1.0, state) if state > r.elementwise else 0.0)
     variance = (row.p.square() * w.variance).sum(-1, keepdim=True)
     variance = variance + ((2.0 * r.elementwise + r.lse) * size).square() / 3.0
     return certain, variance + row.count / 3.0 * MEAN_SQUARE * r.accumulate**2

@@ -1,22 +1,24 @@
-"""Budgets of the gradients of ``prefix_scan`` and ``rwkv4``.
+"""Budgets of the gradients of ``prefix_scan`` and ``rwkv4``: sums over rows of what each asks of its weights.
 
-A backward kernel may recompute P from a stored log-sum-exp (or m and u), take δ = dO·O from the stored output
-or from Σ p dP, and store dP and dS; or it may run the recurrence, or a tree, backwards with the cotangents
-dO/N and −(dO·o)/N, whose roundings are relative to p (|dO|·|v| + |dO|·|o|) before these cancel. Autograd
-through the running maximum leaves the rounding of a sum that is 0 with every position that may once have been
-the maximum, and with w by its age. All of them are within ``certain``.
+``decayed_softmax_rows`` has the errors of one row, of o or of the final state. Their sum over rows is taken
+in any order, or by a recurrence or a tree that runs backwards. Autograd through the running maximum leaves
+the rounding of a sum that is 0 with every position that may once have been the maximum, and with w by its
+age. An initial level takes such a rest with it, as no gradient of it is looked at; but not the logit
+m₀ + log u₀ of an initial state that is taken for one more key.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnproof.properties.budgets.decayed_softmax import RowErrors, Weighed, common_errors
+from attnproof.properties.budgets.decayed_softmax import RowErrors
+from attnproof.properties.budgets.decayed_softmax_rows import Asked, InitialPairs, Pairs
+from attnproof.properties.budgets.decayed_softmax_states import FinalWeights
 from attnproof.properties.budgets.propagation import Estimate
-from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth, half_spacing
+from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
@@ -25,51 +27,41 @@ if TYPE_CHECKING:
 
 __all__ = ["key_gradients", "weight_gradients"]
 
-_LARGEST_EXPONENT = 700.0
-
-
-@dataclass(frozen=True, eq=False)
-class _Pairs:
-    """dS of some rows by the positions up to them, (B, H, R, C).
-
-    Attributes:
-        p, p_certain, p_variance: weights; ds: p (dP − δ); size: p (|dO||v| + |dO||o|).
-        ds_certain, ds_variance: errors of ds.
-        delta_variance, common: (B, H, R, 1), variances of δ, and of the log-sum-exp.
-        p_drift, ds_drift: how p and ds move with logits that drift.
-        lost: bool (B, H, R, 1), where an intermediate may overflow.
-    """
-
-    p: torch.Tensor
-    p_certain: torch.Tensor
-    p_variance: torch.Tensor
-    ds: torch.Tensor
-    size: torch.Tensor
-    ds_certain: torch.Tensor
-    ds_variance: torch.Tensor
-    delta_variance: torch.Tensor
-    common: torch.Tensor
-    p_drift: torch.Tensor
-    ds_drift: torch.Tensor
-    lost: torch.Tensor
-
 
 class _Sum:
-    """A gradient that grows by blocks of rows: value, bound, variance, Σ of absolute terms, and drift."""
+    """A gradient that grows by blocks of rows.
+
+    Attributes:
+        value, certain, variance: so far; size: Σ of absolute terms; squares: Σ over rows of these squared.
+        drift: what errors that grow step by step with one sign make of it.
+        lost: bool, where an intermediate may overflow.
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.value, self.certain, self.variance, self.size = (
-            torch.zeros(shape, dtype=torch.float64) for _ in range(4)
+        self.value, self.certain, self.variance, self.size, self.squares = (
+            torch.zeros(shape, dtype=torch.float64) for _ in range(5)
         )
         self.drift = torch.zeros(shape, dtype=torch.float64)
         self.lost = torch.zeros(shape, dtype=torch.bool)
 
     def add(self, stop: int, *terms: torch.Tensor, drift: torch.Tensor, lost: torch.Tensor) -> None:
-        """Adds (value, certain, variance, size) to the first ``stop`` positions, axis 2."""
+        """Adds (value, certain, variance, size, squares) to the first ``stop`` positions, axis 2."""
         self.drift[:, :, :stop] += drift
-        for total, term in zip((self.value, self.certain, self.variance, self.size), terms, strict=True):
+        totals = (self.value, self.certain, self.variance, self.size, self.squares)
+        for total, term in zip(totals, terms, strict=True):
             total[:, :, :stop] += term
         self.lost[:, :, :stop] |= lost
+
+    def add_alike(self, alike: torch.Tensor, total: torch.Tensor, r: Roundings) -> None:
+        """Sums to ``total`` of equal terms, where ``alike`` (bool (B, H)) says that rows ask the same.
+
+        Adding one number to partial sums of one binade rounds alike each time. Of n equal terms of sum S half
+        fall into the last binade, where each errs by up to u S; n is what the terms have of S² over the sum
+        of their squares.
+        """
+        count = self.size.square() / self.squares.clamp(min=1e-300)
+        together = MEAN_SQUARE * (r.accumulate * total * count / 2.0).square()
+        self.variance += torch.where(alike[:, :, None, None], together, 0.0)
 
     def estimate(self, terms: float, r: Roundings) -> Estimate:
         """With the rounding of a sum of ``terms`` rows."""
@@ -91,157 +83,178 @@ class _Sum:
 def weight_gradients(
     problem: DecayedSoftmax,
     contract: Contract,
-    cotangent: torch.Tensor,
+    cotangents: Mapping[str, torch.Tensor],
     keys: torch.Tensor | None = None,
 ) -> tuple[dict[str, Estimate], torch.Tensor]:
     """Gradients by v (B, H, N, E), logits "s" (B, H, N, 1) and, per head, decay "w" and bonus "c" (H,).
 
-    Also the variance (H, D) of Σ ds·k for ``keys`` (B, H, N, D) by errors that all positions of a row share:
-    those of δ and of the log-sum-exp.
+    With an initial state also those by it, under their names in the call with a "d" before. And the variance
+    (H, D) of Σ ds·k for ``keys`` (B, H, N, D) by errors that all positions of a row share: those of δ and of
+    the log-sum-exp.
     """
     keys = torch.zeros(*problem.sizes[:3], 1) if keys is None else keys
+    do = cotangents.get("o", torch.zeros(problem.shape("o"))).reshape(problem.sizes)
+    final = problem.state_cotangents(cotangents)
     total = _Gradients(RowErrors(problem, contract), keys.double())
     for places in problem.runs():
-        total.add_rows(places, cotangent[:, :, places].double())
+        total.add_rows(places, do[:, :, places].double())
+    if final is not None and problem.sizes[2]:
+        total.add_final(*final)
     total.finish()
-    r, length, batch = total.errors.r, float(problem.sizes[2]), max(problem.sizes[0], 1)
+    alike = (do == do[:, :, :1]).all((2, 3))
+    for name, held in total.sums.items():
+        # What reaches the logits is the difference of two sums, of dO/N and of (dO·o)/N.
+        held.add_alike(alike, held.size if name == "s" else held.value, total.errors.r)
+    r, length, batch = total.errors.r, float(problem.sizes[2]) + 1.0, max(problem.sizes[0], 1)
     found = {name: total.sums[name].estimate(length, r) for name in ("v", "s")}
     found |= {name: _over_batch(total.sums[name].estimate(length * batch, r)) for name in ("w", "c")}
+    if problem.initial is not None:
+        _, mass, weighted = problem.state_names
+        initial = {
+            f"dinitial_{name}": total.sums[kind].estimate(length, r)
+            for name, kind in ((mass, "u0"), (weighted, "w0"))
+        }
+        if final is not None and not problem.sizes[2]:
+            initial = {name: _handed_on(problem, x) for name, x in zip(initial, final, strict=True)}
+        found |= initial
     drift = (total.sums["s"].drift * total.keys).sum((0, 2))
     return found, total.in_rows.sum((0, 2)) + drift.square()
+
+
+def _handed_on(problem: DecayedSoftmax, cotangent: torch.Tensor) -> Estimate:
+    """A cotangent (B, H, 1, X) that passes through a call without positions.
+
+    Of a neutral state e^m is 0, so that no gradient of what it multiplies is wrong between 0 and that.
+    """
+    assert problem.initial is not None
+    neutral = ~problem.initial.present[..., None, None]
+    return Estimate(cotangent, torch.where(neutral, cotangent.abs(), 0.0))
 
 
 class _Gradients:
     """Sums over blocks of rows.
 
     Attributes:
-        sums: by v, s, w and c.
+        sums: by v, s, w and c, and by the initial state: u0 (B, H, 1, 1) and w0 (B, H, 1, E).
         in_rows, ages: (B, H, 1, D) and (B, H, 1, 1), variances of Σ ds·k and of dw by errors that all
             positions of a row share.
-        mass: (B, H, N, 1), Σ of the sizes of each row; largest: bool (B, H, N), positions that may once have
-            been the maximum; oldest: (B, H, 1, 1), the largest age of a maximum.
+        mass: (B, H, N + 1, 1), Σ of the sizes of each row, that of the final state last; largest: bool
+            (B, H, N), positions that may once have been the maximum; oldest: (B, H, 1, 1), the largest age of
+            a maximum; as_key: bool (B, H, 1, 1), whether the initial state may be one if taken for a key.
     """
 
     def __init__(self, errors: RowErrors, keys: torch.Tensor) -> None:
         batch, heads, length, width = errors.problem.sizes
         self.errors, self.keys = errors, keys
         self.sums = {"v": _Sum((batch, heads, length, width)), "s": _Sum((batch, heads, length, 1))}
-        self.sums |= {name: _Sum((batch, heads, 1, 1)) for name in ("w", "c")}
+        self.sums |= {name: _Sum((batch, heads, 1, 1)) for name in ("w", "c", "u0")}
+        self.sums["w0"] = _Sum((batch, heads, 1, width))
         self.in_rows = torch.zeros(batch, heads, 1, keys.shape[-1], dtype=torch.float64)
         self.ages, self.oldest = torch.zeros(2, batch, heads, 1, 1, dtype=torch.float64)
-        self.mass = torch.zeros(batch, heads, length, 1, dtype=torch.float64)
+        self.mass = torch.zeros(batch, heads, length + 1, 1, dtype=torch.float64)
         self.largest = torch.zeros(batch, heads, length, dtype=torch.bool)
+        self.as_key = torch.zeros(batch, heads, 1, 1, dtype=torch.bool)
 
     def add_rows(self, places: torch.Tensor, do: torch.Tensor) -> None:
         """What the rows ``places`` with the cotangent ``do`` (B, H, R, E) add."""
-        w = self.errors.weighed(places)
-        pairs = _pairs(self.errors, w, do)
-        stop = pairs.p.shape[-1]
-        lost = pairs.lost.any(2, keepdim=True)
+        self._add(Asked.of_output(self.errors, self.errors.weighed(places), do))
+
+    def add_final(self, du: torch.Tensor, dw: torch.Tensor) -> None:
+        """What the final state with the cotangents ``du`` (B, H, 1, 1) and ``dw`` (B, H, 1, E) adds."""
+        self._add(Asked.of_final(self.errors, FinalWeights.of(self.errors), du, dw))
+
+    def _add(self, asked: Asked) -> None:
+        w, given, r = asked.weighed, asked.given, self.errors.r
+        places, pairs = w.places, Pairs.of(r, asked)
+        stop = min(int(places[-1]) + 1, self.errors.problem.sizes[2])
+        lost = asked.lost.any(2, keepdim=True)
+        p, certain, variance, drift = (x[..., :stop].mT for x in pairs.weights)
         self.sums["v"].add(
             stop,
-            pairs.p.mT @ do,
-            pairs.p_certain.mT @ do.abs() + self.errors.r.operand_tiny * len(places),
-            pairs.p_variance.mT @ do.square(),
-            pairs.p.mT @ do.abs(),
-            drift=pairs.p_drift.mT @ do,
+            p @ given,
+            certain @ given.abs() + (r.operand_tiny + r.accumulate_tiny) * len(places),
+            variance @ given.square(),
+            p @ given.abs(),
+            p.square() @ given.square(),
+            drift=drift @ given,
             lost=lost,
         )
-        ones = torch.ones(len(places), 1, dtype=torch.float64)
-        terms, drift = (pairs.ds, pairs.ds_certain, pairs.ds_variance, pairs.size), pairs.ds_drift
-        self.sums["s"].add(stop, *(x.mT @ ones for x in terms), drift=drift.mT @ ones, lost=lost)
-        j, t = torch.arange(stop), places[:, None]
-        age, own = (t - 1 - j).clamp(min=0).double(), (t == j).double()
+        *terms, drift = pairs.terms
+        by_position = [x[..., :stop].sum(2)[..., None] for x in pairs.terms]
+        squares = terms[3][..., :stop].square().sum(2)[..., None]
+        self.sums["s"].add(stop, *by_position[:-1], squares, drift=by_position[-1], lost=lost)
+        age, own = _ages(places, terms[0].shape[-1], stop)
         for name, weight in (("w", age), ("c", own)):
             factors = (weight, weight, weight.square(), weight)
             totals = [(x * f).sum((2, 3), keepdim=True) for x, f in zip(terms, factors, strict=True)]
-            self.sums[name].add(1, *totals, drift=(drift * weight).sum((2, 3), keepdim=True), lost=lost)
-        self._add_shared(pairs, age)
-        self.mass[:, :, places] = pairs.size.sum(-1, keepdim=True)
-        top = w.row.x[..., :stop] + 2.0 * w.certain[..., :stop] >= w.frame
-        self.largest[:, :, :stop] |= top.any(2)
-        oldest = torch.where(top, age + 1.0, 0.0).amax((2, 3), keepdim=True)
-        self.oldest = torch.maximum(self.oldest, oldest)
+            squares = (terms[3] * weight).sum(3, keepdim=True).square().sum(2, keepdim=True)
+            moved = (drift * weight).sum((2, 3), keepdim=True)
+            self.sums[name].add(1, *totals, squares, drift=moved, lost=lost)
+        if w.start is not None:
+            parts = InitialPairs.of(r, asked, w.start, self.errors.values[:, :, -1:])
+            for name, found in (("w0", parts.weighted), ("u0", parts.mass)):
+                self.sums[name].add(1, *found[:-1], drift=found[-1], lost=lost)
+        self._add_shared(asked, terms[0], age, stop)
+        self._add_maxima(asked, terms[3], age, stop)
 
-    def _add_shared(self, pairs: _Pairs, age: torch.Tensor) -> None:
-        """The response to errors of δ and of the log-sum-exp."""
-        k = self.keys[:, :, : pairs.p.shape[-1]]
-        by_keys = pairs.delta_variance * (pairs.p @ k).square() + pairs.common * (pairs.ds @ k).square()
+    def _add_shared(self, asked: Asked, ds: torch.Tensor, age: torch.Tensor, stop: int) -> None:
+        """The response to errors of γ and of the log-sum-exp."""
+        k, p = self.keys[:, :, :stop], asked.weights
+        by_keys = asked.level_variance * (p[..., :stop] @ k).square()
+        by_keys = by_keys + asked.common_variance * (ds[..., :stop] @ k).square()
         self.in_rows = self.in_rows + by_keys.sum(2, keepdim=True)
-        by_age = pairs.delta_variance * (pairs.p * age).sum(-1, keepdim=True).square()
-        by_age = by_age + pairs.common * (pairs.ds * age).sum(-1, keepdim=True).square()
+        by_age = asked.level_variance * (p * age).sum(-1, keepdim=True).square()
+        by_age = by_age + asked.common_variance * (ds * age).sum(-1, keepdim=True).square()
         self.ages = self.ages + by_age.sum(2, keepdim=True)
+
+    def _add_maxima(self, asked: Asked, size: torch.Tensor, age: torch.Tensor, stop: int) -> None:
+        """Which positions may be the maximum of a row, how old, and what depends on it."""
+        w = asked.weighed
+        self.mass[:, :, w.places] = size.sum(-1, keepdim=True)
+        # A kernel compares an initial state's level, or as a key m₀ + tw + log u₀.
+        top = w.row.x + 2.0 * w.certain >= torch.minimum(w.frame, w.row.largest)
+        self.largest[:, :, :stop] |= top[..., :stop].any(2)
+        oldest = torch.where(top, age + 1.0, 0.0).amax((2, 3), keepdim=True)
+        if w.start is not None:
+            self.as_key = self.as_key | top[..., -1:].any(2, keepdim=True)
+            first = w.start.x + 2.0 * w.start.certain >= w.frame
+            since = torch.where(first, w.places[:, None] + 1.0, 0.0).amax((2, 3), keepdim=True)
+            oldest = torch.maximum(oldest, since)
+        self.oldest = torch.maximum(self.oldest, oldest)
 
     def finish(self) -> None:
         """What depends on all rows: autograd through the maximum, and errors of logits that all rows read."""
         errors, sums = self.errors, self.sums
         stepped = growth(2.0 * errors.problem.sizes[2] + 8.0, errors.r.elementwise)
-        later = self.mass.flip(2).cumsum(2).flip(2)
+        later = self.mass.flip(2).cumsum(2).flip(2)[:, :, :-1]
         sums["s"].certain += torch.where(self.largest[..., None], stepped * later, 0.0)
         sums["w"].certain += stepped * (self.oldest + 1.0) * self.mass.sum(2, keepdim=True)
         sums["w"].variance += self.ages
+        if errors.problem.initial is not None:
+            u = errors.problem.initial.u.double()[..., None, None]
+            rest = stepped * self.mass.sum(2, keepdim=True) / u.clamp(min=5e-324)
+            sums["u0"].certain += torch.where(self.as_key & (u > 0), rest, 0.0)
         spread = errors.logits.variance[..., None]
         for name in ("s", "v"):
             sums[name].variance += spread * sums[name].value.square()
+
+
+def _ages(places: torch.Tensor, columns: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each column has decayed in each row, and which is the row's own, float64 (R, C).
+
+    The columns are ``stop`` positions and, if there is one more, an initial state.
+    """
+    j, t = torch.arange(stop), places[:, None]
+    age, own = (t - 1 - j).clamp(min=0).double(), (t == j).double()
+    if columns == stop:
+        return age, own
+    return torch.cat((age, t.double()), -1), torch.nn.functional.pad(own, (0, 1))
 
 
 def _over_batch(x: Estimate) -> Estimate:
     """(B, H, 1, 1) summed over the batch, (H,)."""
     lost = None if x.lost is None else x.lost.sum((0, 2, 3)) > 0
     return Estimate(x.value.sum((0, 2, 3)), x.bound.sum((0, 2, 3)), x.spread.sum((0, 2, 3)), lost)
-
-
-def _pairs(errors: RowErrors, w: Weighed, do: torch.Tensor) -> _Pairs:
-    r, row, v = errors.r, w.row, w.v
-    n, width = row.count, v.shape[-1]
-    quotient = errors.quotient(w)
-    o, log_error = quotient.o, common_errors(w, r)
-    error = torch.where(row.x > -torch.inf, w.certain + log_error[0], 0.0)
-    relative = torch.expm1(error.clamp(max=_LARGEST_EXPONENT))
-    stored, dscores = max(r.probabilities, r.operand), r.storage("dscores")[0]
-    seen = (row.x > -torch.inf).double()
-    p_tiny = r.probabilities_tiny * seen
-    # A recurrence backwards multiplies and adds in every step.
-    stepped = growth(2.0 * n + float(width) + 8.0, r.accumulate)
-    p_certain = row.p * (relative + (stored + r.input + stepped) * (1.0 + relative)) + p_tiny
-    dp, dp_size = do @ v.mT, do.abs() @ v.abs().mT
-    dot, dot_size = (do * o).sum(-1, keepdim=True), (do.abs() * o.abs()).sum(-1, keepdim=True)
-    operands = (1.0 + r.input) ** 2 - 1.0 + growth(width + 4.0, r.accumulate)
-    dp_certain = (operands + dscores * (1.0 + operands)) * dp_size + r.operand_tiny
-    kept = quotient.certain * (1.0 + r.output) + r.output * o.abs() + r.output_tiny
-    from_output = (do.abs() * kept).sum(-1, keepdim=True) + operands * dot_size
-    own = row.p * relative + p_tiny
-    directly = (row.p * dp_certain + own * (dp.abs() + dp_certain)).sum(-1, keepdim=True)
-    directly = directly + growth(n + 4.0, r.accumulate) * (row.p * dp_size).sum(-1, keepdim=True)
-    delta_certain = torch.maximum(from_output, directly)
-    g = dp - dot
-    g_certain = dp_certain + delta_certain + r.elementwise * (dp.abs() + dot.abs())
-    ds, size = row.p * g, row.p * (dp_size + dot_size)
-    ds_certain = (row.p * relative + p_tiny) * (g.abs() + g_certain) + row.p * g_certain
-    ds_certain = ds_certain + dscores * (ds.abs() + ds_certain) + stepped * size
-    ds_certain = ds_certain + (r.storage("dscores")[1] + r.accumulate_tiny) * seen
-    delta_variance = (
-        do.square() * (quotient.variance + half_spacing(o, r.output, r.output_tiny).square() / 3.0)
-    ).sum(-1, keepdim=True)
-    p_relative = w.variance + log_error[1]
-    p_variance = row.p.square() * (p_relative + MEAN_SQUARE * stored**2) + p_tiny.square() / 3.0
-    dp_variance = MEAN_SQUARE * (
-        dscores**2 * dp.square() + r.accumulate**2 * width * (do.square() @ v.square().mT)
-    )
-    carried = r.accumulate**2 * MEAN_SQUARE * 2.0 * (dp.square() + dot.square())
-    g_variance = dp_variance + delta_variance + carried
-    ds_variance = row.p.square() * (
-        g.square() * (p_relative + MEAN_SQUARE * (dscores**2 + r.operand**2)) + g_variance
-    )
-    p_drift = row.p * (w.drift - (row.p * w.drift).sum(-1, keepdim=True))
-    ds_drift = p_drift * g - row.p * (p_drift * dp).sum(-1, keepdim=True)
-    lost = quotient.lost.any(-1, keepdim=True) | ((dp_size >= r.largest / 2.0) & (seen > 0)).any(
-        -1, keepdim=True
-    )
-    return _Pairs(
-        row.p, p_certain, p_variance, ds, size, ds_certain, ds_variance, delta_variance, log_error[1],
-        p_drift, ds_drift, lost,
-    )  # fmt: skip
 
 
 def key_gradients(
@@ -265,7 +278,7 @@ def key_gradients(
         (scale * q).square() * spread,
         None if lost is None else lost.expand(k.shape),
     )
-    total = growth(float(length * (batch + 1) + 8), r.accumulate)
+    total = growth(float((length + 1) * (batch + 1) + 8), r.accumulate)
     certain = (rounded * (1.0 + total) + total * ds.size) * k.abs()
     dq = Estimate(
         scale * (ds.value * k).sum((0, 2)),

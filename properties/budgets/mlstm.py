@@ -1,4 +1,4 @@
-"""Budgets of the mLSTM's outputs: closed forms over the weights of its quadratic form.
+"""Errors of the mLSTM's weights and quotients: closed forms over its quadratic form.
 
 A kernel may step through the sequence, work on chunks of up to 128 positions, or form all scores at once.
 What is counted for the weight of position j in row i, relative to scale·Σ|q||k|·e^{D_ij − m_i}, is the sum of
@@ -9,6 +9,8 @@ What is counted for the weight of position j in row i, relative to scale·Σ|q||
 * three rounded operands on the way through a chunk's state (decayed q, decayed k, the state itself) or one on
   the way through P, in the declared format; the declared format of the state at every step;
 * dot products over D and sums over the positions so far: γ_n;
+
+an initial state is one position before the first, whose exponent is made of m₀ and all gates up to i;
 
 and absolutely what underflows in those operands. Where |Σ P| is within its error of e^{−m}, either may be the
 denominator; e^{−m} beyond the largest number makes o zero in a kernel that divides by it, which is allowed,
@@ -21,25 +23,22 @@ many positions share, counted as common to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.arithmetic.enclosures import Ball, EnclosureArithmetic
-from attnproof.properties.budgets.base import Budget, dtype_name
-from attnproof.properties.budgets.propagation import Estimate
+from attnproof.properties.budgets.base import dtype_name
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
-from attnproof.properties.budgets.stored import sampled_budget, stored_budget
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
     from attnproof.properties.families.mlstm import MLSTMProblem
-    from attnproof.properties.families.mlstm_rows import Rows
+    from attnproof.properties.families.mlstm_rows import Rows, Tile
 
-__all__ = ["CHUNK", "MLSTMErrors", "Quotient", "Weights", "output_budgets"]
+__all__ = ["CHUNK", "MLSTMErrors", "Quotient", "Weights"]
 
 CHUNK = 128
 """The longest chunk over which a kernel may sum log gates before it takes differences."""
@@ -56,24 +55,32 @@ class Weights:
     """The weights of some rows by some columns, and their errors; float64 (B, H, rows, columns).
 
     Attributes:
-        start, stop: the columns.
+        start, stop: the columns; of the initial state, where ``initial`` holds, its D channels.
         e, p: as in the family's tiles.
+        keys, values, ones: float64 (B, H, columns, ·) of the columns, with what n sums in place of values.
+        age: steps of a recurrence from a column to a row.
         size: |scale| Σ|q||k| e; square: scale² Σ q²k² e².
         certain: error of a weight in units of ``size``; core: without rounded operands; exponent: the
             exponent's part of that.
-        variance: of a weight, without what is common to a row.
+        variance: of a weight, without what is common to a row; drift: of its exponent.
     """
 
     start: int
     stop: int
+    initial: bool
     e: torch.Tensor
     p: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    ones: torch.Tensor
+    age: torch.Tensor
     size: torch.Tensor
     square: torch.Tensor
     certain: torch.Tensor
     core: torch.Tensor
     exponent: torch.Tensor
     variance: torch.Tensor
+    drift: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +124,14 @@ class MLSTMErrors:
         gates = problem.gates
         f = gates.f.double()
         self.log_f = f.clamp(max=0.0) - torch.log1p(torch.exp(-f.abs()))
+        begun = torch.zeros(*f.shape[:2], 1, dtype=torch.float64)
+        # (B, H, 1): the initial level, 0 where there is none.
+        self.level, self.begun = begun, begun > 0
+        if problem.initial is not None:
+            self.level = problem.initial.m.double()[..., None]
+            self.begun = problem.initial.present[..., None]
         self.m = self._maxima()
-        before = torch.nn.functional.pad(self.m[..., :-1], (1, 0)) if self.m.shape[-1] else self.m
+        before = torch.cat((self.level, self.m[..., :-1]), -1) if self.m.shape[-1] else self.m
         u, size = self.r.elementwise, torch.maximum(self.m.abs(), before.abs())
         step = u * (6.0 + 4.0 * self.log_f.abs() + 4.0 * size) + self.r.exp
         self.steps = step.cumsum(-1)
@@ -130,7 +143,7 @@ class MLSTMErrors:
         """m_t, by its recurrence, (B, H, N)."""
         i, cut = self.problem.gates.i.double(), self.problem.gates.cut
         m = torch.empty_like(i)
-        last = torch.full(i.shape[:2], -math.inf, dtype=torch.float64)
+        last = torch.where(self.begun, self.level, -math.inf)[..., 0]
         for t in range(i.shape[-1]):
             last = torch.where(cut[..., t], -math.inf, last + self.log_f[..., t])
             last = torch.maximum(last, i[..., t])
@@ -163,59 +176,83 @@ class MLSTMErrors:
         variance = variance + u * u * MEAN_SQUARE * (gate.square() + m_j.square() + m_i.square() + 8.0)
         return walked + summed + ends, variance
 
+    def initial_exponent(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for F_i + m₀ − m_i, (B, H, rows, 1)."""
+        u, i = self.r.elementwise, torch.arange(first, stop)
+        m_i, level, decay = self.m[..., i, None].abs(), self.level.abs()[..., None], self.decay[..., i, None]
+        bound = self.steps[..., i, None] + growth(float(CHUNK), self.r.accumulate) * decay
+        bound = bound + 2.0 * u * (2.0 * level + m_i) + 2.0 * self.r.exp
+        variance = self.step_squares[..., i, None] + 8.0 * MEAN_SQUARE * (u * decay).square()
+        return bound, variance + u * u * MEAN_SQUARE * (2.0 * level.square() + m_i.square() + 8.0)
+
     def weights(self, rows: Rows[Ball]) -> list[Weights]:
         """Of all columns that the rows see."""
-        r, problem = self.r, self.problem
-        q, scale = problem.q[:, :, rows.first : rows.stop].double(), problem.scale
-        width = problem.sizes[3]
-        found = []
-        for tile in rows.tiles:
-            k = problem.k[:, :, tile.start : tile.stop].double()
-            e: torch.Tensor = tile.e.value
-            p: torch.Tensor = tile.p.value
-            size = abs(scale) * (q.abs() @ k.abs().mT) * e
-            square = scale * scale * (q.square() @ k.square().mT) * e.square()
-            exponent, drift = self.exponent(rows.first, rows.stop, tile.start, tile.stop)
-            # the argument of an exponential that is far below 1 is itself rounded
-            exponent = exponent + 2.0 * r.elementwise * -torch.log(e.clamp(min=1e-308))
-            i = torch.arange(rows.first, rows.stop)[:, None]
+        problem = self.problem
+        unit = torch.eye(problem.sizes[3], dtype=torch.float64)
+        q = unit if rows.q is None else problem.q[:, :, rows.first : rows.stop].double()
+        return [self._of_tile(rows, tile, q, unit) for tile in rows.tiles]
+
+    def _of_tile(self, rows: Rows[Ball], tile: Tile[Ball], q: torch.Tensor, unit: torch.Tensor) -> Weights:
+        r, problem, scale = self.r, self.problem, rows.scale
+        width, i = problem.sizes[3], torch.arange(rows.first, rows.stop)[:, None]
+        p: torch.Tensor = tile.p.value
+        e: torch.Tensor = tile.e.value.expand(p.shape)
+        if tile.initial and problem.initial is not None:
+            k, v = unit.expand(*p.shape[:2], -1, -1), problem.initial.state.double()
+            ones, age = problem.initial.n.double()[..., None], i + 2
+            exponent, drift = self.initial_exponent(rows.first, rows.stop)
+        else:
+            k, v = (x[:, :, tile.start : tile.stop].double() for x in (problem.k, problem.v))
+            ones = torch.ones(*k.shape[:3], 1, dtype=torch.float64)
             age = (i - torch.arange(tile.start, tile.stop)[None, :] + 1).clamp(min=0)
-            state = r.storage("state")[0]
-            core = (
-                torch.expm1(exponent.clamp(max=_LARGEST_EXPONENT))
-                + growth(i + float(width + CHUNK + 8), r.accumulate)
-                + 3.0 * growth(age, r.elementwise)
-                + (growth(age + 1.0, state) if state > r.elementwise else 0.0)
-            )
-            certain = core + (1.0 + self.operand) ** 3 * (1.0 + r.probabilities) - 1.0
-            variance = p.square() * (MEAN_SQUARE * r.probabilities**2 + drift)
-            variance = variance + square * MEAN_SQUARE * (
-                self.operand**2 + r.accumulate**2 * width + (state**2 * age if state > r.elementwise else 0.0)
-            )
-            if r.operand_tiny > self.flush:
-                variance = variance + (e > 0) * torch.where(p == 0, 0.0, r.operand_tiny) ** 2 / 3.0
-            found.append(
-                Weights(tile.start, tile.stop, e, p, size, square, certain, core, exponent, variance)
-            )
-        return found
+            exponent, drift = self.exponent(rows.first, rows.stop, tile.start, tile.stop)
+        size = abs(scale) * (q.abs() @ k.abs().mT) * e
+        square = scale * scale * (q.square() @ k.square().mT) * e.square()
+        # the argument of an exponential that is far below 1 is itself rounded
+        exponent = exponent + 2.0 * r.elementwise * -torch.log(e.clamp(min=1e-308))
+        state = r.storage("state")[0]
+        core = (
+            torch.expm1(exponent.clamp(max=_LARGEST_EXPONENT))
+            + growth(i + float(width + CHUNK + 8), r.accumulate)
+            + 3.0 * growth(age, r.elementwise)
+            + (growth(age + 1.0, state) if state > r.elementwise else 0.0)
+        )
+        certain = core + (1.0 + self.operand) ** 3 * (1.0 + r.probabilities) - 1.0
+        variance = p.square() * (MEAN_SQUARE * r.probabilities**2 + drift)
+        variance = variance + square * MEAN_SQUARE * (
+            self.operand**2 + r.accumulate**2 * width + (state**2 * age if state > r.elementwise else 0.0)
+        )
+        if r.operand_tiny > self.flush:
+            variance = variance + (e > 0) * torch.where(p == 0, 0.0, r.operand_tiny) ** 2 / 3.0
+        return Weights(
+            tile.start, tile.stop, tile.initial, e, p, k, v, ones, age, size, square, certain, core, exponent,
+            variance, drift,
+        )  # fmt: skip
 
     def lost_operands(self, weights: list[Weights]) -> torch.Tensor:
-        """Rows (B, H, rows, 1) in which a weight may overflow as an operand, or a score in float32."""
+        """Rows (B, H, rows, 1) in which a weight may overflow as an operand, or a score in float32.
+
+        Or what is read of the initial state.
+        """
         largest = min(self.r.storage("operand")[2], self.r.storage("probabilities")[2])
         over = [((w.size >= largest / 2.0) & (w.e > 0)).any(-1, keepdim=True) for w in weights]
+        for w in weights:
+            if w.initial:
+                read = w.size @ torch.cat((w.values, w.ones), -1).abs()
+                over.append((read >= self.r.largest / 2.0).any(-1, keepdim=True))
         return torch.stack(over).any(0)
 
     def sums(
-        self, rows: Rows[Ball], weights: list[Weights], values: torch.Tensor
+        self, rows: Rows[Ball], weights: list[Weights], *, normaliser: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Σ P v, the bound of its error and its variance; ``values`` (B, H, N, X) are v or ones."""
+        """Σ P v, or with ``normaliser`` Σ P, the bound of its error and its variance."""
         r, problem = self.r, self.problem
         total = certain = variance = squares = aged = mass = torch.zeros((), dtype=torch.float64)
         q1 = abs(problem.scale) * problem.q[:, :, rows.first : rows.stop].double().abs().sum(-1, keepdim=True)
         places = torch.arange(rows.first, rows.stop, dtype=torch.float64)[:, None]
         for w in weights:
-            v = values[:, :, w.start : w.stop]
-            k1 = problem.k[:, :, w.start : w.stop].double().abs().sum(-1)[:, :, None, :]
+            v = w.ones if normaliser else w.values
+            k1 = w.keys.abs().sum(-1)[:, :, None, :]
             seen = (w.e > 0).double()
             total = total + w.p @ v
             certain = certain + (w.size * w.certain) @ v.abs()
@@ -226,9 +263,7 @@ class MLSTMErrors:
             certain = certain + lost + self.flush * q1 * _largest(k1) * (seen @ v.abs())
             variance = variance + w.variance @ v.square()
             squares = squares + w.p.square() @ v.square()
-            aged = aged + (w.p.abs() * (places - torch.arange(w.start, w.stop) + 1.0).clamp(min=0.0)).sum(
-                -1, keepdim=True
-            )
+            aged = aged + (w.p.abs() * w.age).sum(-1, keepdim=True)
             mass = mass + w.p.abs().sum(-1, keepdim=True)
         certain = certain + (r.operand_tiny + r.accumulate_tiny * (places + 1.0)) * q1
         terms = (places + 1.0).clamp(max=float(CHUNK))
@@ -242,10 +277,9 @@ class MLSTMErrors:
         self, rows: Rows[Ball], weights: list[Weights], shared: torch.Tensor | None = None
     ) -> Quotient:
         """o of the rows with its errors; ``shared`` is variance of Σ P v that rounded states add."""
-        problem, u = self.problem, self.r.elementwise
-        ones = torch.ones((*problem.sizes[:3], 1), dtype=torch.float64)
-        num, num_certain, num_variance = self.sums(rows, weights, problem.v.double())
-        den, den_certain, den_variance = self.sums(rows, weights, ones)
+        u = self.r.elementwise
+        num, num_certain, num_variance = self.sums(rows, weights, normaliser=False)
+        den, den_certain, den_variance = self.sums(rows, weights, normaliser=True)
         if shared is not None:
             num_variance = num_variance + shared
         m = rows.shift
@@ -285,8 +319,8 @@ class MLSTMErrors:
 
     def maximum_error(self, weights: list[Weights]) -> torch.Tensor:
         """How far a kernel's m may be from m, (B, H, rows, 1): by the exponents of what may be largest."""
-        far = torch.stack([w.exponent.masked_fill(w.e == 0, 0.0).amax(-1, keepdim=True) for w in weights])
-        near = torch.stack([w.exponent.masked_fill(w.e < 0.5, 0.0).amax(-1, keepdim=True) for w in weights])
+        far = torch.stack([torch.where(w.e == 0, 0.0, w.exponent).amax(-1, keepdim=True) for w in weights])
+        near = torch.stack([torch.where(w.e < 0.5, 0.0, w.exponent).amax(-1, keepdim=True) for w in weights])
         worst = far.amax(0)
         return torch.where(worst > 0.3, worst, near.amax(0))
 
@@ -294,6 +328,8 @@ class MLSTMErrors:
         """C' before each block of rows, (B, H, D, E), in the scale of m after the block before."""
         batch, heads, length, width, value_width = self.problem.sizes
         state = torch.zeros(batch, heads, width, value_width, dtype=torch.float64)
+        if self.problem.initial is not None:
+            state = self.problem.initial.state.double()
         found = []
         for first in range(0, length, self.problem.block):
             found.append(state)
@@ -309,9 +345,10 @@ class MLSTMErrors:
         cuts = gates.cut[..., first:stop].cumsum(-1)
         sums = log_f.cumsum(-1)
         m = self.m[..., first:stop]
-        kept = torch.zeros_like(m)
-        if first:
-            kept = torch.exp((sums + self.m[..., first - 1 : first] - m).clamp(max=0.0))
+        before = self.m[..., first - 1 : first] if first else self.level
+        kept = torch.exp((sums + before - m).clamp(max=0.0))
+        if not first:
+            kept = kept * self.begun
         written = torch.exp(
             (sums[..., -1:] - sums + gates.i.double()[..., first:stop] - m[..., -1:]).clamp(max=0.0)
         )
@@ -323,85 +360,6 @@ class MLSTMErrors:
         kept = self.boundary(start, stop)[0][..., first - start :]
         q = self.problem.q[:, :, first:stop].double() * (kept[..., None] * self.problem.scale)
         return 2.0 * self.operand**2 * MEAN_SQUARE * (q.square() @ state.square())
-
-
-def output_budgets(
-    problem: MLSTMProblem, reference: Mapping[str, Enclosure], contract: Contract
-) -> dict[str, Budget]:
-    """Budgets of o and, where the call returns it, of the final state."""
-    errors = MLSTMErrors(problem, contract)
-    dtype = dtype_name(problem.dtype)
-    certain, variance, lost = [], [], []
-    states = errors.states() if errors.operand else []
-    weights: list[Weights] = []
-    for rows in errors.rows():
-        weights = errors.weights(rows)
-        state = states[rows.first // problem.block] if states else None
-        shared = None if state is None else errors.shared(rows.first, rows.stop, state)
-        found = errors.quotient(rows, weights, shared)
-        certain.append(found.certain)
-        variance.append(found.variance)
-        lost.append(found.lost.expand(found.certain.shape))
-    exact = reference["o"].value
-    estimate = Estimate(exact)
-    if certain:
-        held = [torch.cat(x, 2) for x in (certain, variance, lost)]
-        if problem.sample is not None:
-            held = [x.new_zeros(exact.shape).index_copy_(2, problem.sample, x) for x in held]
-        estimate = Estimate(exact, held[0], held[1], held[2])
-    closed, left = problem.closed("o"), problem.unsampled
-    budgets = {"o": sampled_budget(estimate, exact, contract, dtype, closed, left)}
-    if problem.with_state:
-        wide = "float64" if dtype == "float64" else "float32"
-        for name, found_estimate in _state_estimates(errors, weights, reference).items():
-            value = reference[name].value
-            budgets[name] = stored_budget(found_estimate, value, contract, wide, problem.closed(name))
-        if not weights:
-            everywhere = torch.ones_like(reference["m"].value, dtype=torch.bool)
-            budgets["m"] = replace(budgets["m"], open=~everywhere, literal={-math.inf: everywhere})
-    return budgets
-
-
-def _state_estimates(
-    errors: MLSTMErrors, weights: list[Weights], reference: Mapping[str, Enclosure]
-) -> dict[str, Estimate]:
-    """C', n' and m, from the weights of the last block of rows, whose last is the final one."""
-    problem, r = errors.problem, errors.r
-    names = ("state", "n", "m")
-    if not weights:
-        return {
-            name: Estimate(torch.where(reference[name].value.isfinite(), 0.0, -torch.inf)) for name in names
-        }
-    zero = torch.zeros((), dtype=torch.float64)
-    sums = dict.fromkeys(("state", "n"), (zero, zero, zero))
-    moved = errors.maximum_error(weights)[:, :, -1, 0]
-    length = problem.sizes[2]
-    for w in weights:
-        e, relative = w.e[:, :, -1:, :], w.certain[:, :, -1:, :] + moved[..., None, None]
-        drift = errors.exponent(length - 1, length, w.start, w.stop)[1]
-        k, v = (x[:, :, w.start : w.stop].double() for x in (problem.k, problem.v))
-        for name, value in (("state", v), ("n", torch.ones_like(v[..., :1]))):
-            size, certain, variance = sums[name]
-            seen = (e > 0).double()
-            certain = certain + (k.abs().mT * e * relative) @ value.abs()
-            certain = certain + (r.operand_tiny + errors.flush) * ((1.0 + k.abs()).mT * seen) @ value.abs()
-            terms = min(length, CHUNK)
-            unit = (errors.operand**2 + r.accumulate**2 * terms) * MEAN_SQUARE
-            variance = variance + (k.square().mT * e.square() * (drift + unit)) @ value.square()
-            sums[name] = (size + (k.mT * e) @ value, certain, variance)
-    found = {}
-    ages = weights[-1].stop
-    for name, (value, certain, variance) in sums.items():
-        shape = problem.shape(name)
-        certain = certain + r.accumulate_tiny * (ages + 1.0)
-        variance = variance + value.square() * (16.0 * r.elementwise**2)
-        found[name] = Estimate(value.reshape(shape), certain.reshape(shape), variance.reshape(shape))
-    m = errors.m[..., -1]
-    wandered = errors.exponent(length - 1, length, 0, length)[1]
-    near = torch.cat([w.e[:, :, -1:, :] for w in weights], -1) >= 0.5
-    variance = torch.where(near, wandered, 0.0).amax(-1)[..., 0]
-    found["m"] = Estimate(m, moved + r.elementwise * m.abs(), variance)
-    return {name: found[name] for name in names}
 
 
 def _largest(x: torch.Tensor) -> float:

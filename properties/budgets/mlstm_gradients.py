@@ -5,17 +5,21 @@ declared formats, and carries the cotangent of the state from chunk to chunk as 
 gradient of the forget gates is counted for the less accurate of two ways: reverse cumulative sums of q·dq and
 of k·dk taken off each other, in which a pair of positions i ≥ j ≥ t counts twice although it cancels.
 
+The final state is D rows more, of the last position, whose cotangents are given and whose weights have the
+error of the level besides. The initial state's gradient is that of D columns.
+
 Where |Σ P| is within its error of e^{−m}, δ may be there or not: the certain budget holds all of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnproof.properties.arithmetic.enclosures import Ball
+from attnproof.properties.arithmetic.enclosures import Ball, EnclosureArithmetic
 from attnproof.properties.budgets.mlstm import MLSTMErrors, Quotient, Weights
 from attnproof.properties.budgets.propagation import Estimate
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, growth
@@ -56,8 +60,9 @@ class _Sums:
 
     def __init__(self, problem: MLSTMProblem) -> None:
         batch, heads, length, width, value_width = problem.sizes
-        widths = {"dq": width, "dk": width, "dv": value_width, "di": 1, "df": 1}
-        shapes = {name: (batch, heads, length, size) for name, size in widths.items()}
+        shapes = {name: (batch, heads, length, size) for name, size in problem.widths.items()}
+        shapes["dinitial_state"] = (batch, heads, width, value_width)
+        shapes["dinitial_n"] = (batch, heads, width, 1)
         self.value, self.certain, self.variance, self.lost = (
             {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
             for _ in range(4)
@@ -79,42 +84,83 @@ class _Sums:
 
 
 def gradient_estimates(
-    problem: MLSTMProblem, contract: Contract, cotangent: torch.Tensor
+    problem: MLSTMProblem, contract: Contract, cotangents: Mapping[str, torch.Tensor]
 ) -> dict[str, Estimate]:
-    """dq, dk, dv, di, df with the errors of a kernel under ``contract``, before they are stored."""
-    errors = MLSTMErrors(problem, contract)
-    sums = _Sums(problem)
+    """All gradients with the errors of a kernel under ``contract``, before they are stored."""
+    parts = [
+        _of_sequence(MLSTMErrors(part, contract), problem.part_cotangents(s, cotangents))
+        for s, (_, part) in enumerate(problem.parts())
+    ]
+    found = {}
+    for name in problem.differentiated:
+        key, shape = f"d{name}", problem.input_shape(name)
+        axis = 0 if name.startswith("initial_") else 2
+        value, certain, variance, mark = (torch.cat([x[key][i] for x in parts], axis) for i in range(4))
+        found[key] = Estimate(
+            value.reshape(shape),
+            certain.reshape(shape).nan_to_num(torch.inf, torch.inf),
+            variance.reshape(shape).nan_to_num(1e300, 1e300),
+            mark.reshape(shape) if bool(mark.any()) else None,
+        )
+    return found
+
+
+def _of_sequence(
+    errors: MLSTMErrors, cotangents: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Value, bound, variance of every gradient of one part, and where nothing is asked of it."""
+    problem, sums = errors.problem, _Sums(errors.problem)
+    dstate, dn = (cotangents[name].double() for name in ("state", "n"))
+    lost = torch.zeros((), dtype=torch.bool)
+    if problem.sizes[2]:
+        lost = _add_positions(errors, sums, {"o": cotangents["o"].double(), "state": dstate, "n": dn})
+        _finish_gates(errors, sums)
+    else:
+        # The final state is the initial one.
+        sums.value |= {"dinitial_state": dstate, "dinitial_n": dn[..., None]}
+    # Every product and sum of a gradient may underflow.
+    tiny = errors.r.accumulate_tiny * (problem.sizes[2] + 2)
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    for name, value in sums.value.items():
+        certain = sums.certain[name] + tiny
+        over = value.abs() + certain >= errors.r.largest / 2.0
+        variance = sums.variance[name] + sums.lost[name] ** 2 / 12.0
+        found[name] = (value, certain, variance, over | lost)
+    return found
+
+
+def _add_positions(errors: MLSTMErrors, sums: _Sums, cotangents: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What all rows and the final state add; whether an intermediate may overflow."""
     states = errors.states() if errors.operand else []
-    blocks = []
+    blocks, weights = [], []
     lost = torch.zeros((), dtype=torch.bool)
     for number, rows in enumerate(errors.rows()):
         weights = errors.weights(rows)
         state = states[number] if states else None
         shared = None if state is None else errors.shared(rows.first, rows.stop, state)
         quotient = errors.quotient(rows, weights, shared)
-        do = cotangent[:, :, rows.first : rows.stop].double()
+        do = cotangents["o"][:, :, rows.first : rows.stop]
         found = _cotangents(errors, quotient, do)
         lost = lost | quotient.lost.any()
-        _add_rows(errors, sums, rows, weights, found, do)
+        _add_rows(errors, sums, rows, weights, found)
         blocks.append((rows.first, rows.stop, found))
+    if bool(cotangents["state"].any() | cotangents["n"].any()):
+        rows = errors.problem.final_rows(EnclosureArithmetic())
+        given = _given_cotangents(errors, cotangents, errors.maximum_error(weights)[:, :, -1:])
+        _add_rows(errors, sums, rows, errors.weights(rows), given)
     if errors.operand:
-        _add_states(errors, sums, states, blocks)
-    _finish_gates(errors, sums)
-    estimates = {}
-    # Every product and sum of a gradient may underflow.
-    tiny = errors.r.accumulate_tiny * (problem.sizes[2] + 2)
-    for name, value in sums.value.items():
-        shape = problem.input_shape(name.removeprefix("d"))
-        certain = sums.certain[name] + tiny
-        over = value.abs() + certain >= errors.r.largest / 2.0
-        mark = (over | lost).reshape(shape)
-        estimates[name] = Estimate(
-            value.reshape(shape),
-            certain.reshape(shape).nan_to_num(torch.inf, torch.inf),
-            (sums.variance[name] + sums.lost[name] ** 2 / 12.0).reshape(shape).nan_to_num(1e300, 1e300),
-            mark if bool(mark.any()) else None,
-        )
-    return estimates
+        _add_states(errors, sums, states, blocks, cotangents["state"])
+    return lost
+
+
+def _given_cotangents(
+    errors: MLSTMErrors, cotangents: Mapping[str, torch.Tensor], moved: torch.Tensor
+) -> _Cotangents:
+    """Those of the final state's rows, in units of a level that errs by ``moved``."""
+    values, delta = cotangents["state"], cotangents["n"][..., None]
+    zero = torch.zeros_like(delta)
+    common = zero + 16.0 * errors.r.elementwise**2
+    return _Cotangents(values, torch.zeros_like(values), delta, moved + zero, common, zero, zero)
 
 
 def _cotangents(errors: MLSTMErrors, quotient: Quotient, do: torch.Tensor) -> _Cotangents:
@@ -143,70 +189,134 @@ def _cotangents(errors: MLSTMErrors, quotient: Quotient, do: torch.Tensor) -> _C
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """G of some rows by some columns and its errors, (B, H, rows, columns); see the family's formulas.
+
+    Attributes:
+        g, certain: without what 1/N errs by; lost: of its bound, by underflow, as a sum.
+        variance: without what is common to a row; alike: that.
+        relative, rounded: errors of P, and of e, relative to their sizes, in a sum over rows.
+        share: mean square of the relative error of e·G by rounding it and by e's exponent.
+        seen: float64, 1 where a column is seen; tiny, least: what a product or sum loses by underflow, at
+            most and typically.
+    """
+
+    g: torch.Tensor
+    certain: torch.Tensor
+    variance: torch.Tensor
+    alike: torch.Tensor
+    lost: torch.Tensor
+    relative: torch.Tensor
+    rounded: torch.Tensor
+    share: torch.Tensor
+    seen: torch.Tensor
+    tiny: float
+    least: float
+
+    @classmethod
+    def of(cls, errors: MLSTMErrors, w: Weights, c: _Cotangents) -> _Pairs:
+        """Those of rows with cotangents ``c`` and columns with weights ``w``."""
+        r, problem = errors.r, errors.problem
+        v, ones, values, width = w.values, w.ones.mT, c.values.abs(), c.values.shape[-1]
+        tiny, least = r.operand_tiny + r.accumulate_tiny * problem.sizes[2], 2.0 * r.accumulate_tiny
+        # of sums over rows, and over the longer of two widths
+        sum_error = growth(float(sum(problem.sizes[2:4]) + width + 8), r.accumulate)
+        stored = r.storage("dscores")[0]
+        g = c.values @ v.mT + c.delta * ones
+        size = values @ v.abs().mT + c.delta.abs() * ones.abs()
+        terms = v.abs().sum(-1)[:, :, None, :] + ones.abs()
+        certain = (3.0 * errors.operand + sum_error) * size + c.relative * g.abs()
+        certain = certain + c.delta_certain * ones.abs() + c.values_certain @ v.abs().mT + tiny * terms
+        squares = c.values.square() @ v.square().mT
+        return cls(
+            g=g,
+            certain=certain,
+            variance=MEAN_SQUARE * (errors.operand**2 + r.accumulate**2 * width) * squares,
+            alike=g.square() * c.relative_variance + c.delta_variance * ones.square(),
+            lost=least * terms,
+            relative=w.certain + errors.operand + stored + sum_error,
+            rounded=w.core + errors.operand + stored + sum_error,
+            share=MEAN_SQUARE * (stored**2 + errors.operand**2) + w.drift,
+            seen=(w.e > 0).double(),
+            tiny=tiny,
+            least=least,
+        )
+
+
 def _add_rows(
-    errors: MLSTMErrors,
-    sums: _Sums,
-    rows: Rows[Ball],
-    weights: list[Weights],
-    c: _Cotangents,
-    do: torch.Tensor,
+    errors: MLSTMErrors, sums: _Sums, rows: Rows[Ball], weights: list[Weights], c: _Cotangents
 ) -> None:
     """What a block of rows adds to every gradient; df still by log σ(f), and as its rows' sums only."""
-    r, problem = errors.r, errors.problem
-    scale, length, width = problem.scale, problem.sizes[2], do.shape[-1]
-    q = problem.q[:, :, rows.first : rows.stop].double()
-    values, tiny = c.values.abs(), r.operand_tiny + r.accumulate_tiny * length
-    # of sums over rows, and over the longer of two widths
-    sum_error = growth(float(length + problem.sizes[3] + width + 8), r.accumulate)
-    stored = r.storage("dscores")[0]
-    least = 2.0 * r.accumulate_tiny
     for w in weights:
-        k, v = (x[:, :, w.start : w.stop].double() for x in (problem.k, problem.v))
-        seen = (w.e > 0).double()
-        g = c.values @ v.mT + c.delta
-        g_size = values @ v.abs().mT + c.delta.abs()
-        g_certain = (3.0 * errors.operand + sum_error) * g_size + c.relative * g.abs() + c.delta_certain
-        g_certain = g_certain + c.values_certain @ v.abs().mT + tiny * (1.0 + v.abs().sum(-1)[:, :, None, :])
-        relative = w.certain + errors.operand + stored + sum_error
-        rounded = w.core + errors.operand + stored + sum_error
-        g_variance = (
-            MEAN_SQUARE * (errors.operand**2 + r.accumulate**2 * width) * (c.values.square() @ v.square().mT)
+        pairs = _Pairs.of(errors, w, c)
+        _add_scores(errors, sums, rows, w, c, pairs)
+        _add_values(errors, sums, w, c, pairs)
+        dd, p_moved, size = w.p * pairs.g, w.size * pairs.relative, pairs.g.abs()
+        tables = (
+            dd,
+            w.p.abs() * pairs.certain + p_moved * (size + pairs.certain) + pairs.tiny * pairs.seen,
+            w.p.square() * (pairs.variance + pairs.alike + pairs.g.square() * pairs.share)
+            + w.variance * pairs.g.square(),
+            w.p.abs() * pairs.lost + pairs.least * pairs.seen,
         )
-        alike = g.square() * c.relative_variance + c.delta_variance
-        ds, factor = scale * w.e * g, abs(scale) * w.e
-        ds_certain = factor * (g.abs() * rounded + g_certain * (1.0 + rounded)) + tiny * seen
-        share = (
-            MEAN_SQUARE * (stored**2 + errors.operand**2)
-            + errors.exponent(rows.first, rows.stop, w.start, w.stop)[1]
-        )
-        ds_variance = factor.square() * (g_variance + g.square() * share)
+        if not w.initial:
+            sums.add("di", w.start, *(x.sum(2)[..., None] for x in tables))
+        of_rows = [x.sum(-1, keepdim=True) for x in tables]
+        if rows.q is None:
+            # All are rows of the last position.
+            of_rows = [x.sum(2, keepdim=True) for x in of_rows]
+        sums.add("df", rows.first, *of_rows)
+
+
+def _add_scores(
+    errors: MLSTMErrors, sums: _Sums, rows: Rows[Ball], w: Weights, c: _Cotangents, pairs: _Pairs
+) -> None:
+    """dq, and dk of columns that are positions."""
+    k, scale, g = w.keys, rows.scale, pairs.g
+    ds, factor = scale * w.e * g, abs(scale) * w.e
+    certain = factor * (g.abs() * pairs.rounded + pairs.certain * (1.0 + pairs.rounded))
+    certain = certain + pairs.tiny * pairs.seen
+    variance = factor.square() * (pairs.variance + g.square() * pairs.share)
+    lost = factor * pairs.lost + pairs.least * pairs.seen
+    if rows.q is not None:
         # what is common to a row does not average out over its columns
-        coherent = c.relative_variance * (ds @ k).square() + c.delta_variance * (scale * w.e @ k).square()
-        g_lost = least * (1.0 + v.abs().sum(-1)[:, :, None, :])
-        ds_lost = factor * g_lost + least * seen
-        dq_variance = ds_variance @ k.square() + coherent
-        sums.add("dq", rows.first, ds @ k, ds_certain @ k.abs(), dq_variance, ds_lost @ k.abs())
-        ds_alone = ds_variance + factor.square() * alike
-        dk_variance = ds_alone.mT @ q.square()
-        sums.add("dk", w.start, ds.mT @ q, ds_certain.mT @ q.abs(), dk_variance, ds_lost.mT @ q.abs())
-        p_certain = w.size * (relative + c.relative) + tiny * seen
-        p_variance = w.variance + w.p.square() * (c.relative_variance + MEAN_SQUARE * errors.operand**2)
+        coherent = c.relative_variance * (ds @ k).square()
+        coherent = coherent + c.delta_variance * (scale * (w.e * w.ones.mT) @ k).square()
+        spread = variance @ k.square() + coherent
+        sums.add("dq", rows.first, ds @ k, certain @ k.abs(), spread, lost @ k.abs())
+    if not w.initial:
+        q = torch.eye(k.shape[-1], dtype=torch.float64)
+        if rows.q is not None:
+            q = errors.problem.q[:, :, rows.first : rows.stop].double()
+        alone = variance + factor.square() * pairs.alike
+        spread = alone.mT @ q.square()
+        sums.add("dk", w.start, ds.mT @ q, certain.mT @ q.abs(), spread, lost.mT @ q.abs())
+
+
+def _add_values(errors: MLSTMErrors, sums: _Sums, w: Weights, c: _Cotangents, pairs: _Pairs) -> None:
+    """dv; of the initial state's columns dC'₀, and dn'₀ = Σ P δ."""
+    values, delta = c.values.abs(), c.delta.abs()
+    certain = w.size * (pairs.relative + c.relative) + pairs.tiny * pairs.seen
+    variance = w.variance + w.p.square() * (c.relative_variance + MEAN_SQUARE * errors.operand**2)
+    lost = pairs.least * w.size.sum(2)[..., None]
+    sums.add(
+        "dinitial_state" if w.initial else "dv",
+        w.start,
+        w.p.mT @ c.values,
+        certain.mT @ values + w.size.mT @ c.values_certain,
+        variance.mT @ c.values.square(),
+        pairs.least * (pairs.seen.mT @ values) + lost,
+    )
+    if w.initial:
+        delta_certain = c.delta_certain + pairs.tiny
         sums.add(
-            "dv",
-            w.start,
-            w.p.mT @ c.values,
-            p_certain.mT @ values + w.size.mT @ c.values_certain,
-            p_variance.mT @ c.values.square(),
-            least * (seen.mT @ values + w.size.sum(2)[..., None]),
-        )
-        dd, p_moved = w.p * g, w.size * relative
-        dd_certain = w.p.abs() * g_certain + p_moved * (g.abs() + g_certain) + tiny * seen
-        dd_variance = w.p.square() * (g_variance + alike + g.square() * share) + w.variance * g.square()
-        ones, columns = torch.ones_like(c.delta), torch.ones_like(v[..., :1])
-        dd_lost = w.p.abs() * g_lost + least * seen
-        sums.add("di", w.start, dd.mT @ ones, dd_certain.mT @ ones, dd_variance.mT @ ones, dd_lost.mT @ ones)
-        sums.add(
-            "df", rows.first, dd @ columns, dd_certain @ columns, dd_variance @ columns, dd_lost @ columns
+            "dinitial_n",
+            0,
+            w.p.mT @ c.delta,
+            certain.mT @ delta + (w.size + certain).mT @ delta_certain,
+            variance.mT @ c.delta.square() + w.p.square().mT @ c.delta_variance,
+            pairs.least * (pairs.seen.mT @ delta) + lost,
         )
 
 
@@ -215,11 +325,10 @@ def _add_states(
     sums: _Sums,
     states: list[torch.Tensor],
     blocks: list[tuple[int, int, _Cotangents]],
+    final: torch.Tensor,
 ) -> None:
     """Variance by rounding the state between blocks, its cotangent, and what is decayed to and from them."""
-    problem, unit = errors.problem, 2.0 * errors.operand**2 * MEAN_SQUARE
-    batch, heads, _, width, value_width = problem.sizes
-    cotangent = torch.zeros(batch, heads, width, value_width, dtype=torch.float64)
+    problem, unit, cotangent = errors.problem, 2.0 * errors.operand**2 * MEAN_SQUARE, final
     for (first, stop, c), state in zip(reversed(blocks), reversed(states), strict=True):
         q, k, v = (x[:, :, first:stop].double() for x in (problem.q, problem.k, problem.v))
         kept, written = (x[..., None] for x in errors.boundary(first, stop))

@@ -8,9 +8,7 @@ N positions is m = max(m₀ + Nw, max_j D_j), u = e^{m₀ + Nw − m} u₀ + Σ_
 D_j = s_j + (N − 1 − j) w: no bonus. Sources: theory.md AAR-1, AAR-2, RWK-1.
 
 Rows are evaluated in blocks over all columns, each after its own maximum is subtracted, so that no exponent
-is positive and nothing is lost by a decay of −1000. Gradients, with p = e^{D − L} and dS = p (dO·v − dO·o):
-
-    dv_j = Σ_t p_tj dO_t,   ds_j = Σ_t dS_tj,   dc = Σ_t dS_tt,   dw = Σ_t Σ_{j<t} (t − 1 − j) dS_tj.
+is positive and nothing is lost by a decay of −1000. Gradients: ``decayed_softmax_gradients``.
 """
 
 from __future__ import annotations
@@ -25,13 +23,15 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.budgets.base import broadcast_mask
-from attnproof.properties.budgets.decayed_softmax import output_budgets
+from attnproof.properties.budgets.decayed_softmax import DROWNED, output_budget
+from attnproof.properties.budgets.decayed_softmax_states import state_budgets
 from attnproof.properties.budgets.logit_errors import LogitErrors
 from attnproof.properties.budgets.rounding import Roundings
-from attnproof.properties.contract import Contract, ContractError
+from attnproof.properties.contract import Contract
 from attnproof.properties.families.base import Budget, Problem
-from attnproof.properties.families.gradients import reduced
+from attnproof.properties.families.decayed_softmax_gradients import gradients, state_cotangents
 from attnproof.properties.families.scan_states import Initial, largest
+from attnproof.properties.families.sequences import state_dtype
 from attnproof.properties.families.state_layout import scattered, unknown, unsampled
 
 __all__ = ["DecayedSoftmax", "Rows"]
@@ -47,7 +47,9 @@ class Rows(Generic[V]):
     """Weights e^{D − shift} of the rows ``places`` (int64; N for the final state) by all columns.
 
     Attributes:
-        e: (B, H, R, C), 0 where a column is not seen; start: (B, H, R, 1), of the initial state, or None.
+        e: (B, H, R, C), 0 where a column is not seen.
+        start: (B, H, R, 1), of the initial state, or None; 0 too where a state without mass is ``DROWNED``
+            above the shift.
         shift: float64 (B, H, R, 1), the largest D up to its rounding; any shift gives the same o.
     """
 
@@ -94,7 +96,7 @@ class DecayedSoftmax(Problem):
 
     @abstractmethod
     def logit_gradients(self, arithmetic: Arithmetic[V], ds: V) -> dict[str, V]:
-        """Gradients by what the logits are made of, from that by the logits (B, H, N, 1)."""
+        """Gradients by what the logits are made of, by its name, from that by the logits (B, H, N, 1)."""
 
     @abstractmethod
     def logit_errors(self, r: Roundings) -> LogitErrors:
@@ -107,9 +109,20 @@ class DecayedSoftmax(Problem):
 
     @property
     def differentiated(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All inputs; none of a long call, or of one with states: these are judged forward only."""
-        forward_only = self.sample is not None or self.with_state or self.initial is not None
-        return () if forward_only else self.parameters
+        """All inputs, an initial state's level apart; none of a long call."""
+        if self.sample is not None:
+            return ()
+        level = self.state_names[0]
+        states = () if self.initial is None else self.state_order
+        return (*self.parameters, *(f"initial_{name}" for name in states if name != level))
+
+    def input_shape(self, name: str) -> tuple[int, ...]:
+        """That of the state for an initial one; a family adds its parameters."""
+        return self.shape(name.removeprefix("initial_"))
+
+    def input_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the call, or of its states."""
+        return state_dtype(self.dtype) if name.startswith("initial_") else self.dtype
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -193,8 +206,11 @@ class DecayedSoftmax(Problem):
         shift = a.midpoint(d).masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)
         first, kept = self.first_weight(a, places), None
         if first is not None and self.initial is not None:
-            kept = (self.initial.present & (self.initial.u > 0))[..., None, None].expand(shift.shape)
-            shift = torch.maximum(shift, a.midpoint(first).masked_fill(~kept, -torch.inf))
+            x = a.midpoint(first)
+            massive = (self.initial.u > 0)[..., None, None].expand(shift.shape)
+            present = self.initial.present[..., None, None].expand(shift.shape)
+            shift = torch.maximum(shift, x.masked_fill(~(present & massive), -torch.inf))
+            kept = present & (massive | (x - shift <= DROWNED))
         m = a.exact(shift)
         e = a.masked(a.exp(a.masked(a.sub(d, m), seen)), seen)
         start = None
@@ -237,7 +253,19 @@ class DecayedSoftmax(Problem):
 
     def final_state(self, a: Arithmetic[V], *, absolute: bool = False) -> dict[str, V]:
         """m (B, H), u (B, H) and w (B, H, E); with ``absolute`` Σ e|v| in place of w."""
-        batch, heads, length, width = self.sizes
+        batch, heads, _, width = self.sizes
+        rows, m = self.final_rows(a)
+        w, u = self.sums(a, rows, absolute=absolute)
+        found = (
+            a.reshape(m, (batch, heads)),
+            a.reshape(u, (batch, heads)),
+            a.reshape(w, (batch, heads, width)),
+        )
+        return {name: a.reshape(x, self.shape(name)) for name, x in zip(self.state_names, found, strict=True)}
+
+    def final_rows(self, a: Arithmetic[V]) -> tuple[Rows[V], V]:
+        """The weights e^{D − m} of the final state, a row at N, and m (B, H, 1, 1)."""
+        batch, heads, length, _ = self.sizes
         last = torch.tensor([length])
         d, seen, _ = self.log_weights(a, last)
         parts = [(d, seen.expand(batch, heads, 1, self.columns))] if length else []
@@ -248,64 +276,24 @@ class DecayedSoftmax(Problem):
         held = [a.masked(a.exp(a.masked(a.sub(x, m), kept)), kept) for x, kept in parts]
         if not length:
             held.insert(0, a.exact(torch.zeros(batch, heads, 1, 0, dtype=torch.float64)))
-        start = held[1] if len(held) > 1 else None
-        w, u = self.sums(a, Rows(last, held[0], start, a.midpoint(m)), absolute=absolute)
-        found = (
-            a.reshape(m, (batch, heads)),
-            a.reshape(u, (batch, heads)),
-            a.reshape(w, (batch, heads, width)),
-        )
-        return {name: a.reshape(x, self.shape(name)) for name, x in zip(self.state_names, found, strict=True)}
+        return Rows(last, held[0], held[1] if len(held) > 1 else None, a.midpoint(m)), m
+
+    def state_cotangents(
+        self, cotangents: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See :func:`attnproof.properties.families.decayed_softmax_gradients.state_cotangents`."""
+        return state_cotangents(self, cotangents)
 
     def differentiate(
         self, arithmetic: Arithmetic[V], cotangents: Mapping[str, torch.Tensor]
     ) -> dict[str, V]:
-        """Gradients of Σ o·cotangent by the formulas of the module.
-
-        Raises:
-            ContractError: a cotangent of the final state, or a call with an initial one: forward only.
-        """
-        if self.initial is not None or any(bool(c.any()) for name, c in cotangents.items() if name != "o"):
-            raise ContractError(
-                f"{self.family}: calls with an initial state, and the final state, have no gradients here; "
-                "they are judged forward only"
-            )
-        a, (batch, heads, length, width) = arithmetic, self.sizes
-        total = self._zero_gradients(a)
-        do = cotangents["o"].reshape(batch, heads, length, width)
-        v = a.exact(self.padded(self.v))
-        for places in self.runs():
-            rows, given = self.rows(a, places), a.exact(do[:, :, places])
-            num, den = self.sums(a, rows)
-            p = a.div(rows.e, den)
-            delta = a.sum(a.mul(given, a.div(num, den)))
-            ds = a.mul(p, a.sub(a.matmul(given, a.transpose(v)), delta))
-            ones = a.exact(torch.ones(len(places), 1, dtype=torch.float64))
-            total["v"] = a.add(total["v"], a.matmul(a.transpose(p), given))
-            total["s"] = a.add(total["s"], a.matmul(a.transpose(ds), ones))
-            age = (places[:, None] - 1 - torch.arange(self.columns)).clamp(min=0).double()
-            own = (places[:, None] == torch.arange(self.columns)).double()
-            for name, weight in (("w", age), ("c", own)):
-                if name in total:
-                    part = _total(a, a.mul(ds, a.exact(weight)))
-                    total[name] = a.add(total[name], reduced(a, part, (1, heads, 1, 1)))
-        short = a.exact(torch.eye(length, self.columns, dtype=torch.float64))
-        if length != self.columns:
-            total |= {name: a.matmul(short, total[name]) for name in ("v", "s")}
-        found = {"dv": total["v"], **self.logit_gradients(a, total["s"])}
-        found |= {f"d{name}": total[kind] for kind, name in self.per_head.items()}
-        return {f"d{name}": a.reshape(found[f"d{name}"], self.input_shape(name)) for name in self.parameters}
+        """See :func:`attnproof.properties.families.decayed_softmax_gradients.gradients`."""
+        return gradients(self, arithmetic, cotangents)
 
     @property
     def per_head(self) -> dict[str, str]:
         """Names of the call's decay and bonus, by "w" and "c"."""
         return {}
-
-    def _zero_gradients(self, a: Arithmetic[V]) -> dict[str, V]:
-        batch, heads, _, width = self.sizes
-        shapes = {"v": (batch, heads, self.columns, width), "s": (batch, heads, self.columns, 1)}
-        shapes |= dict.fromkeys(self.per_head, (1, heads, 1, 1))
-        return {name: a.exact(torch.zeros(shape, dtype=torch.float64)) for name, shape in shapes.items()}
 
     def split(self, rows: torch.Tensor) -> list[tuple[Problem, torch.Tensor]]:
         """The whole problem, which is one unit."""
@@ -340,12 +328,18 @@ class DecayedSoftmax(Problem):
         gauge = (bound.value.abs() - bound.radius).clamp(min=0.0)
         if output != "o" or self.sample is None:
             return gauge
-        left = unsampled(self.sample, self.sizes[2])
+        left = self.unjudged
         return torch.where(left if gauge.dim() == 4 else left[:, 0], torch.inf, gauge)
 
+    @property
+    def unjudged(self) -> torch.Tensor:
+        """Positions that are not in the sample, bool (N, 1)."""
+        return unsampled(self.sample, self.sizes[2])
+
     def budgets(self, reference: Mapping[str, Enclosure], contract: Contract) -> dict[str, Budget]:
-        """See ``attnproof.properties.budgets.decayed_softmax``."""
-        return output_budgets(self, reference, contract)
+        """See ``attnproof.properties.budgets.decayed_softmax`` and ``decayed_softmax_states``."""
+        states = state_budgets(self, reference, contract) if self.with_state else {}
+        return {"o": output_budget(self, reference, contract), **states}
 
     def vacuity(self, reference: Mapping[str, Enclosure], budgets: Mapping[str, Budget]) -> list[str]:
         """Whether zeros would pass, or the mean of the values so far."""
@@ -387,12 +381,6 @@ def _product(a: Arithmetic[V], left: V, right: V) -> V:
     left = a.permute(a.reshape(left, (batch, heads, rows, count, COLUMNS)), (0, 1, 3, 2, 4))
     terms = a.matmul(left, a.reshape(right, (batch, heads, count, COLUMNS, width)))
     return a.reshape(a.sum(a.permute(terms, (0, 1, 3, 4, 2))), (batch, heads, rows, width))
-
-
-def _total(a: Arithmetic[V], x: V) -> V:
-    """Σ over the last two axes of (B, H, R, C), (B, H, 1, 1)."""
-    batch, heads, rows, _ = a.shape(x)
-    return a.sum(a.reshape(a.sum(x), (batch, heads, 1, rows)))
 
 
 def _placed(a: Arithmetic[V], x: V, first: int, length: int) -> V:

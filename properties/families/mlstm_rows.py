@@ -12,6 +12,7 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, V
 from attnproof.properties.arithmetic.enclosures import EnclosureArithmetic
 from attnproof.properties.families.mlstm_weights import BLOCK, Part, log_weights
+from attnproof.properties.families.scan_states import largest
 from attnproof.properties.families.state_layout import LONGEST
 
 if TYPE_CHECKING:
@@ -22,25 +23,32 @@ __all__ = ["Rows", "Tile", "final_state", "magnitude", "placed", "summed"]
 
 @dataclass(frozen=True, eq=False)
 class Tile(Generic[V]):
-    """Rows by the columns ``start:stop``.
+    """Rows by the columns ``start:stop``, or by the D channels of the initial state.
 
     Attributes:
-        e: e^{D − m}, 0 where a column is not seen; (B, H, rows, columns).
-        p: scale · q·k · e.
+        e: e^{D − m}, 0 where a column is not seen; (B, H, rows, columns), of all final rows and of all
+            channels of the initial state only one.
+        p: scale · q·k · e; e for the initial state, whose channels are columns with unit vectors as keys.
+        initial: whether it is the initial state's.
     """
 
     start: int
     stop: int
     e: V
     p: V
+    initial: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Rows(Generic[V]):
-    """The rows ``first:stop`` of a problem.
+    """The rows ``first:stop`` of a problem, or the D rows of its final state.
+
+    What is read of C is a sum over columns of P v; the final C' is what D queries read of it at the last
+    position, each a unit vector, without scale and denominator.
 
     Attributes:
-        tiles: the columns that they see.
+        tiles: the columns that they see: before the rows' block, if there are any; in it; the initial state.
+        q: (B, H, rows, D), of which ``scale`` is the scale; None for the final state.
         shift: float64 (B, H, rows, 1), m up to its rounding: any shift gives the same o.
     """
 
@@ -48,32 +56,51 @@ class Rows(Generic[V]):
     first: int
     stop: int
     tiles: tuple[Tile[V], ...]
+    q: V | None
+    scale: float
     shift: torch.Tensor
 
     @classmethod
     def of(cls, a: Arithmetic[V], problem: MLSTMProblem, first: int, stop: int) -> Rows[V]:
         """The weights of rows that lie in one block."""
-        parts = log_weights(a, problem.gates, first, stop)
+        parts = log_weights(a, problem.gates, first, stop, problem.initial)
         shift = _largest(a, parts)
-        q = a.exact(problem.q[:, :, first:stop])
-        tiles = []
-        for part in parts:
-            e = a.masked(a.exp(a.masked(a.sub(part.d, a.exact(shift)), part.seen)), part.seen)
-            k = a.exact(problem.k[:, :, part.start : part.stop])
-            scores = a.scaled(a.matmul(q, a.transpose(k)), problem.scale)
-            tiles.append(Tile(part.start, part.stop, e, a.mul(scores, e)))
-        return cls(problem, first, stop, tuple(tiles), shift)
+        q, m = a.exact(problem.q[:, :, first:stop]), a.exact(shift)
+        tiles = tuple(_tile(a, problem, part, m, q) for part in parts)
+        return cls(problem, first, stop, tiles, q, problem.scale, shift)
 
-    def values(self, a: Arithmetic[V], tile: Tile[V]) -> V:
-        """v of a tile's columns."""
-        return a.exact(self.problem.v[:, :, tile.start : tile.stop])
+    @classmethod
+    def final(cls, a: Arithmetic[V], problem: MLSTMProblem) -> tuple[Rows[V], V]:
+        """Those of the final state, after one or more positions, and m (B, H, 1, 1)."""
+        batch, heads, length = problem.sizes[:3]
+        parts = log_weights(a, problem.gates, length - 1, length, problem.initial)
+        m = largest(a, [(part.d, part.seen) for part in parts], (batch, heads, 1, 1))
+        tiles = tuple(_tile(a, problem, part, m, None) for part in parts)
+        return cls(problem, length - 1, length, tiles, None, 1.0, a.midpoint(m)), m
 
-    def sums(self, a: Arithmetic[V]) -> tuple[V, V]:
-        """Σ P v and Σ P."""
-        return (
-            summed(a, [_product(a, tile.p, self.values(a, tile)) for tile in self.tiles]),
-            summed(a, [_total(a, tile.p) for tile in self.tiles]),
-        )
+    def values(self, a: Arithmetic[V], tile: Tile[V], *, absolute: bool = False) -> V:
+        """v of a tile's columns, or its size."""
+        initial = self.problem.initial
+        if tile.initial and initial is not None:
+            return a.exact(initial.state.abs() if absolute else initial.state)
+        v = self.problem.v[:, :, tile.start : tile.stop]
+        return a.exact(v.abs() if absolute else v)
+
+    def normaliser(self, a: Arithmetic[V], *, absolute: bool = False) -> V | None:
+        """What stands for v in the sum of n: the initial n (B, H, D, 1); None for the ones of positions."""
+        initial = self.problem.initial
+        if initial is None:
+            return None
+        return a.exact((initial.n.abs() if absolute else initial.n)[..., None])
+
+    def sums(self, a: Arithmetic[V], *, absolute: bool = False) -> tuple[V, V]:
+        """Σ P v and Σ P; with ``absolute`` of the terms' sizes."""
+        numerator, denominator, n = [], [], self.normaliser(a, absolute=absolute)
+        for tile in self.tiles:
+            p = _absolute(a, tile.p) if absolute else tile.p
+            numerator.append(_product(a, p, self.values(a, tile, absolute=absolute)))
+            denominator.append(a.matmul(p, n) if tile.initial and n is not None else _total(a, p))
+        return summed(a, numerator), summed(a, denominator)
 
     def bound(self, a: Arithmetic[V]) -> tuple[V, V]:
         """e^{min(m, 0)} and e^{−max(m, 0)}: numerator and denominator times the first do not overflow."""
@@ -92,12 +119,20 @@ class Rows(Generic[V]):
 
     def absolute_output(self, a: Arithmetic[V]) -> V:
         """Σ |P||v| over the denominator."""
-        sizes = [
-            _product(a, _absolute(a, tile.p), a.exact(self.problem.v[:, :, tile.start : tile.stop].abs()))
-            for tile in self.tiles
-        ]
-        total = self.sums(a)[1]
-        return a.div(a.mul(summed(a, sizes), self.bound(a)[0]), self.denominator(a, total)[0])
+        sizes, total = self.sums(a, absolute=True)[0], self.sums(a)[1]
+        return a.div(a.mul(sizes, self.bound(a)[0]), self.denominator(a, total)[0])
+
+
+def _tile(a: Arithmetic[V], problem: MLSTMProblem, part: Part[V], m: V, q: V | None) -> Tile[V]:
+    """e^{D − m} and P of some columns; ``q`` None is for the final state's rows."""
+    e = a.masked(a.exp(a.masked(a.sub(part.d, m), part.seen)), part.seen)
+    k = problem.k[:, :, part.start : part.stop]
+    if part.initial:
+        scores = a.exact(torch.eye(problem.sizes[3], dtype=torch.float64)) if q is None else q
+    else:
+        scores = a.exact(k.mT) if q is None else a.matmul(q, a.transpose(a.exact(k)))
+    scores = scores if q is None else a.scaled(scores, problem.scale)
+    return Tile(part.start, part.stop, e, a.mul(scores, e), part.initial)
 
 
 def summed(a: Arithmetic[V], terms: Sequence[V]) -> V:
@@ -138,59 +173,22 @@ def placed(a: Arithmetic[V], x: V, first: int, length: int) -> V:
 
 
 def final_state(a: Arithmetic[V], problem: MLSTMProblem, *, absolute: bool = False) -> dict[str, V]:
-    """C' = Σ_j e^{D_j − m} k_j v_jᵀ, n' and m after the last position.
+    """C' = e^{F + m₀ − m} C'₀ + Σ_j e^{D_j − m} k_j v_jᵀ, n' and m after the last position.
 
-    With ``absolute`` Σ e^{D_j − m} |k_j||v_j|, of n' likewise, and m as it is.
+    Without positions the initial state, with 0 for a level of −∞. With ``absolute`` sums of the terms' sizes,
+    and m as it is.
     """
-    length = problem.sizes[2]
-    if not length:
-        return {
-            name: a.exact(torch.zeros(problem.shape(name), dtype=torch.float64))
-            for name in ("state", "n", "m")
-        }
-    parts = log_weights(a, problem.gates, length - 1, length)
-    m = _maximum(a, parts)
-    states, keys = [], []
-    for part in parts:
-        # (B, H, 1, columns)
-        e = a.masked(a.exp(a.masked(a.sub(part.d, m), part.seen)), part.seen)
-        k, v = (x[:, :, part.start : part.stop] for x in (problem.k, problem.v))
-        k, v = (k.abs(), v.abs()) if absolute else (k, v)
-        written = a.mul(a.transpose(a.exact(k)), e)
-        states.append(_product(a, written, a.exact(v)))
-        keys.append(_total(a, written))
-    return {
-        "state": summed(a, states),
-        "n": a.reshape(summed(a, keys), problem.shape("n")),
-        "m": a.reshape(m, problem.shape("m")),
-    }
-
-
-def _maximum(a: Arithmetic[V], parts: Sequence[Part[V]]) -> V:
-    """max_j D_j of one row, (B, H, 1, 1).
-
-    D of the column j* whose float64 approximation is largest, and Σ_j max(D_j − D_j*, 0): it is 0 if j* is
-    the right one, and where columns are as near as float64 resolves the enclosure of the sum reaches from 0
-    to more than the largest of its terms. In finer arithmetics the differences choose again.
-    """
-    sizes = [a.midpoint(part.d) for part in parts]
-    best = _chosen(a, parts, sizes)
-    rises = [a.relu(a.masked(a.sub(part.d, best), part.seen)) for part in parts]
-    heights = [a.midpoint(rise) for rise in rises]
-    wrong = torch.cat(heights, -1).amax(-1, keepdim=True) > 0
-    if bool(wrong.any()):
-        finer = [torch.where(wrong, x, y) for x, y in zip(heights, sizes, strict=True)]
-        best = _chosen(a, parts, finer)
-        rises = [a.relu(a.masked(a.sub(part.d, best), part.seen)) for part in parts]
-    return a.add(best, summed(a, [a.sum(rise) for rise in rises]))
-
-
-def _chosen(a: Arithmetic[V], parts: Sequence[Part[V]], sizes: Sequence[torch.Tensor]) -> V:
-    """D of the column with the largest size, (B, H, 1, 1)."""
-    hidden = [size.masked_fill(~part.seen, -math.inf) for part, size in zip(parts, sizes, strict=True)]
-    whole = torch.cat(hidden, -1)
-    here = torch.arange(whole.shape[-1]) == whole.argmax(-1, keepdim=True)
-    return summed(a, [a.sum(a.masked(part.d, here[..., part.start : part.stop])) for part in parts])
+    if problem.sizes[2]:
+        rows, m = Rows.final(a, problem)
+        state, n = rows.sums(a, absolute=absolute)
+        found = {"state": state, "n": n, "m": m}
+    elif problem.initial is not None:
+        begun = problem.initial
+        sizes = [x.abs() if absolute else x for x in (begun.state, begun.n)]
+        found = {"state": a.exact(sizes[0]), "n": a.exact(sizes[1]), "m": a.exact(begun.m)}
+    else:
+        return {name: a.exact(torch.zeros(problem.shape(name)).double()) for name in ("state", "n", "m")}
+    return {name: a.reshape(x, problem.shape(name)) for name, x in found.items()}
 
 
 def _largest(a: Arithmetic[V], parts: Sequence[Part[V]]) -> torch.Tensor:
@@ -205,11 +203,12 @@ def _absolute(a: Arithmetic[V], x: V) -> V:
 
 def magnitude(
     problem: MLSTMProblem, batch: int, head: int, place: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """D and P of one row over the positions up to it, float64, and Σ P: for words, not for proofs."""
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """D and P of one row over the positions up to it, Z and m with the initial state's: for words only."""
     a = EnclosureArithmetic()
     rows = Rows.of(a, problem, place // BLOCK * BLOCK, place + 1)
-    p = torch.cat([tile.p.value for tile in rows.tiles], -1)[batch, head, -1]
+    p = torch.cat([tile.p.value for tile in rows.tiles if not tile.initial], -1)[batch, head, -1]
     parts = log_weights(a, problem.gates, place, place + 1)
     d = torch.cat([part.d.value.masked_fill(~part.seen, -math.inf) for part in parts], -1)
-    return d[batch, head, 0], p, float(p.sum())
+    total, m = rows.sums(a)[1].value, rows.shift
+    return d[batch, head, 0], p, float(total[batch, head, -1, 0]), float(m[batch, head, -1, 0])

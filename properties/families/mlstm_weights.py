@@ -1,5 +1,7 @@
 """Log weights of the mLSTM's quadratic form: D_ij = Σ_{j<t≤i} log σ(f_t) + i_j for j ≤ i.
 
+The initial state has one weight more, Σ_{t≤i} log σ(f_t) + m₀.
+
 A row's own block of columns is summed entry by entry, each decay from its own gates, and columns before it by
 way of the block's first position. Nowhere is one long sum taken off another: the weights keep their relative
 accuracy after a gate of −1000, and a gate of −∞ makes the weights across it exactly 0.
@@ -14,6 +16,7 @@ from typing import Generic
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, V
+from attnproof.properties.families.mlstm_states import Initial
 
 __all__ = ["BLOCK", "Gates", "Part", "after", "blocks", "log_forget", "log_weights"]
 
@@ -43,12 +46,14 @@ class Part(Generic[V]):
     Attributes:
         d: (B, H, rows, stop − start), any number where ``seen`` is False.
         seen: bool, of d's shape.
+        initial: whether these are the weights of the initial state, one a row; ``start`` and ``stop`` are 0.
     """
 
     start: int
     stop: int
     d: V
     seen: torch.Tensor
+    initial: bool = False
 
 
 def blocks(length: int, rows: torch.Tensor | None = None) -> Iterator[tuple[int, int]]:
@@ -80,8 +85,14 @@ def after(length: int) -> torch.Tensor:
     return (places[:, None] > places[None, :]).double()
 
 
-def log_weights(a: Arithmetic[V], gates: Gates, first: int, stop: int) -> list[Part[V]]:
-    """D of the rows ``first`` to ``stop`` − 1, of one block: columns before the block, and in it."""
+def log_weights(
+    a: Arithmetic[V], gates: Gates, first: int, stop: int, initial: Initial | None = None
+) -> list[Part[V]]:
+    """D of the rows ``first`` to ``stop`` − 1, of one block.
+
+    Of the columns before the block, if there are any, of those in it, and of the initial state, if there is
+    one, in this order.
+    """
     start = first // BLOCK * BLOCK
     batch, heads = gates.f.shape[:2]
     width, rows = stop - start, stop - first
@@ -92,11 +103,27 @@ def log_weights(a: Arithmetic[V], gates: Gates, first: int, stop: int) -> list[P
     d = a.matmul(own, a.exact(between.double().reshape(rows * width, width).mT))
     d = a.add(a.reshape(d, (batch, heads, rows, width)), _row(a, gates.i[..., start:stop]))
     parts = [Part(start, stop, d, _seen(gates, chosen, start, stop))]
+    if not start and initial is None:
+        return parts
+    head = a.matmul(own, a.exact((places[:, None] <= chosen[None, :]).double()))
+    head = a.reshape(head, (batch, heads, rows, 1))
     if start:
-        head = a.matmul(own, a.exact((places[:, None] <= chosen[None, :]).double()))
-        d = a.add(a.reshape(head, (batch, heads, rows, 1)), _tails(a, gates, start))
+        d = a.add(head, _tails(a, gates, start))
         parts.insert(0, Part(0, start, d, _seen(gates, chosen, 0, start)))
+    if initial is not None:
+        m = a.exact(initial.m.reshape(batch, heads, 1, 1))
+        d = a.add(head, a.add(_whole(a, gates, start), m) if start else m)
+        seen = (gates.cut.cumsum(-1)[..., chosen] == 0) & initial.present[..., None]
+        parts.append(Part(0, 0, d, seen[..., None], initial=True))
     return parts
+
+
+def _whole(a: Arithmetic[V], gates: Gates, start: int) -> V:
+    """Σ_{t<start} log σ(f_t), (B, H, 1, 1)."""
+    batch, heads = gates.f.shape[:2]
+    blocked = (batch, heads, start // BLOCK, BLOCK)
+    totals = a.sum(a.reshape(log_forget(a, gates.f[..., :start]), blocked))
+    return a.sum(a.reshape(totals, (batch, heads, 1, start // BLOCK)))
 
 
 def _tails(a: Arithmetic[V], gates: Gates, start: int) -> V:

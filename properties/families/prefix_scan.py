@@ -52,8 +52,8 @@ class PrefixScanProblem(DecayedSoftmax):
     parameters = ("q", "k", "v")
 
     def input_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of q, k or v."""
-        return tuple(getattr(self, name).shape)
+        """The shape of q, k or v, or of a part of the initial state."""
+        return tuple(getattr(self, name).shape) if name in self.parameters else super().input_shape(name)
 
     def logits(self, arithmetic: Arithmetic[V], width: int) -> V:
         """scale · q·k_j, (B, H, 1, width)."""
@@ -70,7 +70,7 @@ class PrefixScanProblem(DecayedSoftmax):
         rows = a.matmul(a.transpose(ds), a.exact(self.k))
         dq = a.sum(a.reshape(a.permute(rows, (1, 3, 0, 2)), (heads, size, batch)))
         dk = a.scaled(a.mul(ds, q), self.scale)
-        return {"dk": a.reshape(dk, (batch, heads, length, size)), "dq": a.scaled(dq, self.scale)}
+        return {"k": a.reshape(dk, (batch, heads, length, size)), "q": a.scaled(dq, self.scale)}
 
     def logit_errors(self, r: Roundings) -> LogitErrors:
         """Of scale · q·k."""
@@ -83,9 +83,9 @@ class PrefixScanProblem(DecayedSoftmax):
         cotangents: Mapping[str, torch.Tensor],
     ) -> dict[str, Estimate]:
         """See ``attnproof.properties.budgets.decayed_softmax_gradients``."""
-        sums, in_rows = weight_gradients(self, contract, cotangents["o"], self.k)
+        sums, in_rows = weight_gradients(self, contract, cotangents, self.k)
         r = Roundings.of(contract, dtype_name(self.dtype))
-        return {"dv": sums["v"], **key_gradients(self, sums["s"], in_rows, r)}
+        return {**sums, "dv": sums["v"], **key_gradients(self, sums["s"], in_rows, r)}
 
 
 class PrefixScanFamily(Family):

@@ -57,7 +57,9 @@ class RWKV4Problem(DecayedSoftmax):
         return tuple(self.k.shape) if output == "o" else tuple(self.k.shape[:2])
 
     def input_shape(self, name: str) -> tuple[int, ...]:
-        """(H,) of w and u, (B, H, N) of k and v."""
+        """(H,) of w and u, (B, H, N) of k and v, (B, H) of parts of the initial state."""
+        if name not in self.parameters:
+            return super().input_shape(name)
         return (self.k.shape[1],) if name in ("w", "u") else tuple(self.k.shape)
 
     def logits(self, arithmetic: Arithmetic[V], width: int) -> V:
@@ -67,7 +69,7 @@ class RWKV4Problem(DecayedSoftmax):
 
     def logit_gradients(self, arithmetic: Arithmetic[V], ds: V) -> dict[str, V]:
         """The logits are the keys."""
-        return {"dk": ds}
+        return {"k": ds}
 
     def logit_errors(self, r: Roundings) -> LogitErrors:
         """Keys are logits as they are given; scores may be stored."""
@@ -80,9 +82,8 @@ class RWKV4Problem(DecayedSoftmax):
         cotangents: Mapping[str, torch.Tensor],
     ) -> dict[str, Estimate]:
         """See ``attnproof.properties.budgets.decayed_softmax_gradients``."""
-        do = cotangents["o"].reshape(self.sizes)
-        sums, _ = weight_gradients(self, contract, do)
-        return {"dw": sums["w"], "du": sums["c"], "dk": sums["s"], "dv": sums["v"]}
+        sums, _ = weight_gradients(self, contract, cotangents)
+        return {**sums, "dw": sums["w"], "du": sums["c"], "dk": sums["s"], "dv": sums["v"]}
 
 
 class RWKV4Family(Family):

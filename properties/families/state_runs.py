@@ -364,13 +364,15 @@ def _raised(
         # Gates are doubled here, and with them their sums.
         worse, own = replace(worse, raised=power * gates, before=(worse.sums / power).square()), 0.0
 
+    # What is written last reaches the final state and its own read without crossing a position.
+    before = torch.cat([worse.before[:, :, :-1], torch.full_like(worse.before[:, :, -1:], own)], 2)
+
     def raised(x: Writes[torch.Tensor], far: bool) -> Writes[torch.Tensor]:
         return replace(x, gates=layout.cut(worse.raised, far=far).masked_fill(x.resets, 0.0))
 
     x = _each_write(operands, raised)
     decays = Decays.of(a, x.near, x.far, exclusive=x.bonus is not None)
     crossing = ~torch.eye(x.near.resets.shape[3], dtype=torch.bool)[:, :, None]
-    before = layout.cut(worse.before)
-    pairs = decays.pairs * torch.where(crossing, before[:, :, :, None], own)
-    decays = replace(decays, pairs=pairs, suffix=decays.suffix * layout.cut(worse.before, far=True))
+    pairs = decays.pairs * torch.where(crossing, layout.cut(before)[:, :, :, None], own)
+    decays = replace(decays, pairs=pairs, suffix=decays.suffix * layout.cut(before, far=True))
     return Blocks(a, replace(x, initial=x.initial * own), decays)

@@ -122,11 +122,7 @@ _OF_STATES: Mapping[str, tuple[str, ...]] = {
     "gated_linear": (*_CARRIED, "head-independence", "closed-gate"),
     "retention": _CARRIED,
     "rwkv6": (*_CARRIED, "head-independence", "closed-gate"),
-    # No sequence of it is packed, or begins with a state.
-    "mlstm": (
-        *(name for name in _CARRIED if name not in ("packed-sequences", "zero-state")),
-        "head-independence",
-    ),
+    "mlstm": (*_CARRIED, "head-independence", "closed-gate"),
     "delta": (*_CARRIED, "head-independence", "closed-gate"),
     "ssm": (*_CARRIED, "head-independence"),
     "selective_scan": (*_CARRIED, "head-independence"),

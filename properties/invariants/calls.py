@@ -110,7 +110,7 @@ def case_of(case: Case, inputs: Inputs, view: str) -> Case:
         if options.get(name) is not None:
             options[name] = True
     if form.stateful:
-        for name in ("gate", "complex", "skip"):
+        for name in ("gate", "complex", "skip", "wide_gates"):
             options[name] = case.option(name) if name in form.options else None
         options["delta_softplus"] = inputs.options.get("delta_softplus") or None
         options["causal"] = "off" if inputs.options.get("causal") is False else None
@@ -134,13 +134,11 @@ def _as_option(value: Any) -> Any:
     return value
 
 
-def differentiated(inputs: Inputs) -> tuple[str, ...]:
-    """Names of the inputs that have a gradient."""
+def differentiated(case: Case, inputs: Inputs) -> tuple[str, ...]:
+    """Names of the inputs that have a gradient, of which the levels of an initial state are none."""
     given = inputs.options
-    states = given.get("initial_state")
-    count = len(states) if isinstance(states, tuple) else int(states is not None)
-    # Of tuples of states that of linear attention, a pair, has gradients.
-    initial = ("initial_state", "initial_z")[:count] if count < 3 else ()
+    states = case_states(case) if given.get("initial_state") is not None else ()
+    initial = (f"initial_{name}" for name in states if name not in SIGNATURES[case.family].levels)
     parameters = (name for name in _PARAMETERS if isinstance(given.get(name), torch.Tensor))
     return (*inputs.tensors, *parameters, *initial)
 
@@ -291,7 +289,7 @@ def all_same(
 
 
 def same_gradients(
-    inputs: Inputs, selects: Mapping[str, Selects], *, call: int = 1, bitwise: bool = False
+    case: Case, inputs: Inputs, selects: Mapping[str, Selects], *, call: int = 1, bitwise: bool = False
 ) -> tuple[Balance, ...]:
     """The gradients of the inputs that ``selects`` names are the base's, for those that have one.
 
@@ -300,15 +298,15 @@ def same_gradients(
         selects: by name of the input, which elements of the base's gradient and of the variant's.
         call, bitwise: as for :func:`same`.
     """
-    names = differentiated(inputs) if inputs.cotangents else ()
+    names = differentiated(case, inputs) if inputs.cotangents else ()
     return tuple(
         same(f"d{name}", *selects[name], call=call, bitwise=bitwise) for name in names if name in selects
     )
 
 
-def every_gradient(inputs: Inputs) -> dict[str, Selects]:
+def every_gradient(case: Case, inputs: Inputs) -> dict[str, Selects]:
     """All gradients, whole."""
-    return dict.fromkeys(differentiated(inputs), (None, None))
+    return dict.fromkeys(differentiated(case, inputs), (None, None))
 
 
 def choice(case: Case, name: str, low: int, high: int) -> int:

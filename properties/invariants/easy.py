@@ -73,7 +73,7 @@ def _batch_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     alone = changed(inputs, v=select(inputs.tensors["v"]), cotangents=cotangents_by(inputs, select))
     calls = (as_it_is(case, inputs), attention_call(case, f"its batch entry {b} alone", alone))
     relations = all_same(case, inputs, select, bitwise=contract.batch_invariant)
-    return Plan(calls, (*relations, *same_gradients(inputs, {"v": (select, None)})))
+    return Plan(calls, (*relations, *same_gradients(case, inputs, {"v": (select, None)})))
 
 
 def _head_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
@@ -87,7 +87,7 @@ def _head_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     )
     calls = (as_it_is(case, inputs), attention_call(case, f"its head {h} alone", alone))
     selects = {"alpha": (first, None), "v": (select, None)}
-    return Plan(calls, (*all_same(case, inputs, select), *same_gradients(inputs, selects)))
+    return Plan(calls, (*all_same(case, inputs, select), *same_gradients(case, inputs, selects)))
 
 
 def _padding_fits(case: Case, contract: Contract) -> bool:
@@ -114,7 +114,7 @@ def _length_padding(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         attention_call(case, f"{more} positions appended with scores of 0", longer, familiar=False),
     )
     selects = {"alpha": (None, corner), "v": (None, own)}
-    return Plan(calls, (*all_same(case, inputs, variant=own), *same_gradients(inputs, selects)))
+    return Plan(calls, (*all_same(case, inputs, variant=own), *same_gradients(case, inputs, selects)))
 
 
 EASY: Mapping[str, Recipe] = {

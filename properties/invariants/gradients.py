@@ -48,7 +48,7 @@ def _linearity(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     for words, wanted in (("part of the cotangent", True), ("the rest of the cotangent", False)):
         part = {name: torch.where(masks[name] == wanted, x, 0.0) for name, x in inputs.cotangents.items()}
         calls.append(attention_call(case, words, changed(inputs, cotangents=part), familiar=False))
-    names = [f"d{name}" for name in differentiated(inputs)]
+    names = [f"d{name}" for name in differentiated(case, inputs)]
     relations = [Balance((Term(1, name), Term(2, name), Term(0, name, -1.0))) for name in names]
     return Plan(tuple(calls), tuple(relations))
 

@@ -71,7 +71,7 @@ def _kept_gradients(case: Case, own: Inputs, more: Inputs, *, call: int = 1) -> 
     """Gradients by what the case has, in a call with more keys and queries, are the base's; others are 0."""
     m, n = case["M"], case["N"]
     selects: dict[str, Selects] = {
-        **every_gradient(own),
+        **every_gradient(case, own),
         "q": (None, rows_from(0, m, 2)),
         "k": (None, rows_from(0, n, 2)),
         "v": (None, rows_from(0, n, 2)),
@@ -85,7 +85,7 @@ def _kept_gradients(case: Case, own: Inputs, more: Inputs, *, call: int = 1) -> 
             del selects["bias"]
     rest = more.tensors["k"].shape[2] - n
     kept = same_gradients(
-        more, {name: selects[name] for name in differentiated(own) if name in selects}, call=call
+        case, more, {name: selects[name] for name in differentiated(case, own) if name in selects}, call=call
     )
     if not rest or not more.cotangents:
         return kept
@@ -184,7 +184,7 @@ def _batch_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         selects["bias"] = (own_bias, None)
     calls = (as_it_is(case, inputs), attention_call(case, words, alone))
     relations = all_same(case, inputs, select, bitwise=contract.batch_invariant)
-    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
+    return Plan(calls, (*relations, *same_gradients(case, inputs, selects)))
 
 
 def _several_heads(case: Case, contract: Contract) -> bool:
@@ -216,7 +216,7 @@ def _head_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         selects["bias"] = (select, None)
     which = f"head {h}" if stop - start == 1 else f"heads {start}…{stop - 1}"
     calls = (as_it_is(case, inputs), attention_call(case, f"its {which} alone", alone))
-    return Plan(calls, (*all_same(case, inputs, select), *same_gradients(inputs, selects)))
+    return Plan(calls, (*all_same(case, inputs, select), *same_gradients(case, inputs, selects)))
 
 
 def _rows_fit(case: Case, contract: Contract) -> bool:
@@ -246,7 +246,7 @@ def _row_independence(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         selects["bias"] = (select, None)
     calls = (as_it_is(case, inputs), attention_call(case, f"its queries {start}…{stop - 1} alone", alone))
     relations = all_same(case, inputs, select, bitwise=contract.row_invariant)
-    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
+    return Plan(calls, (*relations, *same_gradients(case, inputs, selects)))
 
 
 def _grouped(case: Case, contract: Contract) -> bool:
@@ -261,8 +261,8 @@ def _grouped_heads(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         as_it_is(case, inputs),
         attention_call(case, "each key head repeated for its queries", changed(inputs, **copies)),
     )
-    others = {name: select for name, select in every_gradient(inputs).items() if name not in ("k", "v")}
-    relations = [*all_same(case, inputs), *same_gradients(inputs, others)]
+    others = {name: select for name, select in every_gradient(case, inputs).items() if name not in ("k", "v")}
+    relations = [*all_same(case, inputs), *same_gradients(case, inputs, others)]
     if inputs.cotangents:
         for name in ("dk", "dv"):
             parts = [Term(1, name, 1.0, _each(group, start, 1)) for start in range(group)]
@@ -304,7 +304,7 @@ def _causal_future(case: Case, inputs: Inputs, contract: Contract) -> Plan | Non
     before = rows_from(0, r, 2)
     relations = [
         *all_same(case, inputs, before, before, bitwise=contract.causality == "exact"),
-        *same_gradients(inputs, {"q": (before, before)}),
+        *same_gradients(case, inputs, {"q": (before, before)}),
     ]
     if inputs.cotangents and bool(hidden.any()):
         after = torch.arange(case["M"]) >= r
@@ -319,7 +319,7 @@ def _causal_future(case: Case, inputs: Inputs, contract: Contract) -> Plan | Non
             attention_call(case, f"other queries and cotangents before row {r}", other, familiar=False)
         )
         selects: dict[str, Selects] = dict.fromkeys("kv", (lambda x: x[:, :, hidden],) * 2)
-        relations += same_gradients(inputs, selects, call=2)
+        relations += same_gradients(case, inputs, selects, call=2)
     return Plan(tuple(calls), tuple(relations))
 
 

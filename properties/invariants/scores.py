@@ -75,7 +75,7 @@ def _block_additivity(case: Case, inputs: Inputs, contract: Contract) -> Plan | 
         part = changed(own, k=k[:, :, keys], v=v[:, :, keys])
         calls.append(attention_call(case, words, part))
         selects: dict[str, Selects] = dict.fromkeys("kv", (_at(keys), None))
-        relations += same_gradients(own, selects, call=number)
+        relations += same_gradients(case, own, selects, call=number)
     for name in ("o", "dq") if own.cotangents else ("o",):
         relations.append(Balance((Term(1, name), Term(2, name), Term(0, name, -1.0))))
     return Plan(tuple(calls), tuple(relations))
@@ -188,7 +188,7 @@ def _common_shift(case: Case, inputs: Inputs, contract: Contract) -> Plan | None
         attention_call(case, "q and k on a coarse grid", base, familiar=False),
         attention_call(case, "one vector added to all of them", moved, familiar=False),
     )
-    return Plan(calls, (*all_same(case, base), *same_gradients(base, every_gradient(base))))
+    return Plan(calls, (*all_same(case, base), *same_gradients(case, base, every_gradient(case, base))))
 
 
 def _widened(case: Case, contract: Contract) -> bool:
@@ -209,7 +209,7 @@ def _constant_windows(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         attention_call(case, "windows of one key", base),
         attention_call(case, f"each key twice, in windows of {pool}", twice, familiar=False),
     )
-    relations: list[Relation] = [same("o"), *same_gradients(base, {"q": (None, None)})]
+    relations: list[Relation] = [same("o"), *same_gradients(case, base, {"q": (None, None)})]
     if base.cotangents:
         for name in ("dk", "dv"):
             both = [Term(1, name, 1.0, _every_second(start)) for start in (0, 1)]
@@ -240,8 +240,8 @@ def _window_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         attention_call(case, "the keys of each window permuted", changed(base, k=k, v=v)),
     )
     by_key: Selects = (lambda x: x[:, :, order], None)
-    selects = {**every_gradient(base), "k": by_key, "v": by_key}
-    return Plan(calls, (*all_same(case, base), *same_gradients(base, selects)))
+    selects = {**every_gradient(case, base), "k": by_key, "v": by_key}
+    return Plan(calls, (*all_same(case, base), *same_gradients(case, base, selects)))
 
 
 def _equal_halves(case: Case, inputs: Inputs, contract: Contract) -> Plan:
@@ -269,12 +269,14 @@ def _lambda_linearity(case: Case, inputs: Inputs, contract: Contract) -> Plan | 
         attention_call(case, "2λ", changed(inputs, lam=2.0 * lam), familiar=False),
         attention_call(case, "λ = 0", changed(inputs, lam=torch.zeros_like(lam)), familiar=False),
     )
-    names = ["o", *(f"d{name}" for name in differentiated(inputs) if name != "lam")]
+    names = ["o", *(f"d{name}" for name in differentiated(case, inputs) if name != "lam")]
     lines = [
         Balance((Term(1, x), Term(2, x), Term(0, x, -2.0))) for x in names[: None if inputs.cotangents else 1]
     ]
     fixed = [
-        relation for call in (1, 2) for relation in same_gradients(inputs, {"lam": (None, None)}, call=call)
+        relation
+        for call in (1, 2)
+        for relation in same_gradients(case, inputs, {"lam": (None, None)}, call=call)
     ]
     return Plan(calls, (*lines, *fixed))
 

@@ -80,7 +80,7 @@ def _key_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     order = _order(case["N"], pieces(free), case, "key-permutation")
     bias = free.options.get("bias")
     by_key: Selects = (lambda x: x[:, :, order], None)
-    selects = {**every_gradient(inputs), "k": by_key, "v": by_key}
+    selects = {**every_gradient(case, inputs), "k": by_key, "v": by_key}
     if isinstance(bias, torch.Tensor):
         # A mask written into the bias may have given it axes that the case's own has not.
         own = inputs.options.get("bias")
@@ -91,7 +91,7 @@ def _key_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         bias = bias[..., order] if bias.shape[3] > 1 else bias
     k, v = (free.tensors[name][:, :, order] for name in "kv")
     variant = attention_call(case, "its keys permuted", changed(free, k=k, v=v, bias=bias))
-    relations = (*all_same(case, inputs), *same_gradients(inputs, selects))
+    relations = (*all_same(case, inputs), *same_gradients(case, inputs, selects))
     return Plan((as_it_is(case, inputs), variant), relations)
 
 
@@ -105,7 +105,7 @@ def _query_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     order = _order(case["M"], packed, case, "query-permutation")
     select: Select = lambda x: x[:, :, order]  # noqa: E731
     bias = free.options.get("bias")
-    selects = {**every_gradient(inputs), "q": (select, None)}
+    selects = {**every_gradient(case, inputs), "q": (select, None)}
     if isinstance(bias, torch.Tensor):
         own = inputs.options.get("bias")
         if own is None or own.shape != bias.shape:
@@ -115,7 +115,7 @@ def _query_permutation(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         bias = select(bias) if bias.shape[2] > 1 else bias
     moved = changed(free, q=select(free.tensors["q"]), bias=bias, cotangents=cotangents_by(free, select))
     variant = attention_call(case, "its queries permuted", moved)
-    relations = (*all_same(case, inputs, select), *same_gradients(inputs, selects))
+    relations = (*all_same(case, inputs, select), *same_gradients(case, inputs, selects))
     return Plan((as_it_is(case, inputs), variant), relations)
 
 
@@ -146,8 +146,8 @@ def _score_shift(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
     if "lse" in outputs_of(case, inputs):
         relations.append(same("lse", constant=constant, radius=radius))
     # The gradient by beta sees the keys themselves.
-    selects = {name: both for name, both in every_gradient(inputs).items() if name != "beta"}
-    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
+    selects = {name: both for name, both in every_gradient(case, inputs).items() if name != "beta"}
+    return Plan(calls, (*relations, *same_gradients(case, inputs, selects)))
 
 
 Shifted = tuple[Inputs, Inputs, torch.Tensor, torch.Tensor | float]
@@ -236,7 +236,7 @@ def _key_duplication(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     relations: list[Relation] = [same("o")]
     if "lse" in outputs_of(case, inputs):
         relations.append(same("lse", constant=LOG_2[0], radius=LOG_2[1]))
-    relations += same_gradients(inputs, {"q": (None, None), "beta": (None, None), "lam": (None, None)})
+    relations += same_gradients(case, inputs, {"q": (None, None), "beta": (None, None), "lam": (None, None)})
     n = case["N"]
     if inputs.cotangents:
         for name in ("dk", "dv"):
@@ -261,7 +261,7 @@ def _value_linearity(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     if "lse" in outputs_of(case, inputs):
         relations += [same("lse", call=call) for call in (1, 2)]
     if inputs.cotangents:
-        linear += [f"d{name}" for name in differentiated(inputs) if name != "v"]
+        linear += [f"d{name}" for name in differentiated(case, inputs) if name != "v"]
         relations += [same("dv", call=call) for call in (1, 2)]
     relations += [Balance((Term(0, name), Term(1, name, -1.0), Term(2, name))) for name in linear]
     return Plan(calls, tuple(relations))
@@ -308,7 +308,7 @@ def _ones(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     total: torch.Tensor | float = 1.0
     if case.family == "differential":
         total = (1.0 - inputs.tensors["lam"].double()).reshape(1, -1, 1, 1)
-    zeros = [f"d{name}" for name in differentiated(inputs) if name not in ("v", "lam")]
+    zeros = [f"d{name}" for name in differentiated(case, inputs) if name not in ("v", "lam")]
     relations = [Balance((Term(0, name),)) for name in (zeros if inputs.cotangents else ())]
     return Plan((call,), (Balance((Term(0, "o"),), constant=total), *relations))
 
@@ -328,26 +328,29 @@ def _determinism(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     )
     negated = ["o"]
     if inputs.cotangents:
-        negated += [f"d{name}" for name in differentiated(inputs) if name != "v"]
+        negated += [f"d{name}" for name in differentiated(case, inputs) if name != "v"]
     relations = (
         *all_same(case, inputs, call=2, bitwise=True),
-        *same_gradients(inputs, every_gradient(inputs), call=2, bitwise=True),
+        *same_gradients(case, inputs, every_gradient(case, inputs), call=2, bitwise=True),
         *(Balance((Term(1, name), Term(0, name, 1.0))) for name in negated),
     )
     return Plan(calls, relations)
 
 
 def _inputs_unmodified(case: Case, inputs: Inputs, contract: Contract) -> Plan:
-    """The tensors in one piece of memory with NaN between them, as slices of one projection have it."""
-    gap = 16
-    sizes = [tensor.numel() for tensor in inputs.tensors.values()]
-    starts = [gap]
-    for size in sizes:
-        starts.append(starts[-1] + size + gap + -size % gap)
-    memory = torch.full((starts[-1],), torch.nan, dtype=case.torch_dtype)
-    tensors = {}
-    for (name, tensor), start, size in zip(inputs.tensors.items(), starts, sizes, strict=False):
-        tensors[name] = memory[start : start + size].view(tensor.shape).copy_(tensor)
+    """The tensors in one piece of memory with NaN between them, as slices of one projection have it.
+
+    Gates that are wider than the rest share a piece of their own.
+    """
+    gap, tensors = 16, dict(inputs.tensors)
+    for dtype in {tensor.dtype: None for tensor in tensors.values()}:
+        held = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        starts = [gap]
+        for tensor in held.values():
+            starts.append(starts[-1] + tensor.numel() + gap + -tensor.numel() % gap)
+        memory = torch.full((starts[-1],), torch.nan, dtype=dtype)
+        for (name, tensor), start in zip(held.items(), starts, strict=False):
+            tensors[name] = memory[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
     options = {
         name: relaid(value, "sliced", name)
         if isinstance(value, torch.Tensor) and name != "cu_seqlens"
@@ -360,14 +363,14 @@ def _inputs_unmodified(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     *first, last = tensors
     words = f"{', '.join(first)} and {last} in one storage"
     shared = Call(words, replace(case, view="sliced"), made)
-    relations = (*all_same(case, inputs), *same_gradients(inputs, every_gradient(inputs)))
+    relations = (*all_same(case, inputs), *same_gradients(case, inputs, every_gradient(case, inputs)))
     return Plan((as_it_is(case, inputs), shared), relations)
 
 
 def _strides(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     view = other_view(case, inputs, contract)
     variant = attention_call(case, f"its values laid out {view}", inputs, view=view)
-    relations = (*all_same(case, inputs), *same_gradients(inputs, every_gradient(inputs)))
+    relations = (*all_same(case, inputs), *same_gradients(case, inputs, every_gradient(case, inputs)))
     return Plan((as_it_is(case, inputs), variant), relations)
 
 

@@ -41,8 +41,6 @@ __all__ = ["STATES"]
 
 _TILE = 128
 _LINEAR_STATES: Mapping[str, tuple[str, ...]] = {"prefix_scan": ("w",), "rwkv4": ("a",)}
-# States that are a maximum, of nothing at first.
-_MAXIMA = (("prefix_scan", "m"), ("rwkv4", "p"))
 Change = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -79,7 +77,7 @@ def _along(case: Case, inputs: Inputs, symbols: str, change: Change) -> Inputs:
 def _selects(case: Case, inputs: Inputs, symbols: str, start: int, stop: int) -> dict[str, Selects]:
     """For each gradient, the slice of the base's along ``symbols`` against the variant's whole."""
     found: dict[str, Selects] = {}
-    for name in differentiated(inputs):
+    for name in differentiated(case, inputs):
         places = [axis for axis, symbol in enumerate(_axes(case, name)) if symbol in symbols]
         found[name] = (rows_from(start, stop, places[0]) if places else None, None)
     return found
@@ -113,7 +111,7 @@ def _alone(symbols: str, words: str) -> Recipe:
             if select[0] is not None
         }
         relations = _outputs(case, inputs, symbols, index, index + 1)
-        return Plan(calls, (*relations, *same_gradients(inputs, selects)))
+        return Plan(calls, (*relations, *same_gradients(case, inputs, selects)))
 
     return Recipe(fits, build)
 
@@ -140,13 +138,13 @@ def _packed_separate(case: Case, inputs: Inputs, contract: Contract) -> Plan | N
         whole = _axes(case, name)
         axis, first, last = (2, start, stop) if "N" in whole else (0, index, index + 1)
         relations.append(same(name, rows_from(first, last, axis)))
-    for name in differentiated(inputs):
+    for name in differentiated(case, inputs):
         symbols = _axes(case, name)
         if "N" in symbols:
             selects[name] = (rows_from(start, stop, symbols.index("N")), None)
         elif "S" in symbols:
             selects[name] = (rows_from(index, index + 1, 0), None)
-    return Plan(calls, (*relations, *same_gradients(inputs, selects)))
+    return Plan(calls, (*relations, *same_gradients(case, inputs, selects)))
 
 
 def _causal(case: Case, contract: Contract) -> bool:
@@ -219,19 +217,14 @@ def _zero_state(case: Case, inputs: Inputs, contract: Contract) -> Plan:
     zeros = tuple(
         torch.full(
             SIGNATURES[case.family].shape(axes, case.all_sizes),
-            -torch.inf if (case.family, name) in _MAXIMA else 0.0,
+            -torch.inf if name in SIGNATURES[case.family].levels else 0.0,
             dtype=wide,
         )
         for name, axes in case_states(case).items()
     )
-    base = as_it_is(case, inputs)
-    if any(family == case.family for family, _ in _MAXIMA):
-        # Judged forward only where there is a state.
-        inputs = changed(inputs, cotangents={})
-        base = attention_call(case, "the case, without gradients", inputs)
     given = changed(inputs, initial_state=zeros if len(zeros) > 1 else zeros[0])
-    calls = (base, attention_call(case, "from a state of 0", given))
-    return Plan(calls, (*all_same(case, inputs), *same_gradients(inputs, every_gradient(inputs))))
+    calls = (as_it_is(case, inputs), attention_call(case, "from a state of 0", given))
+    return Plan(calls, (*all_same(case, inputs), *same_gradients(case, inputs, every_gradient(case, inputs))))
 
 
 def _gated(case: Case, contract: Contract) -> bool:
@@ -246,9 +239,10 @@ def _forgotten(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
     r = n - max(multiple, (n - r) // multiple * multiple)
     if r < 1:
         return None
-    g = inputs.tensors["g"].clone()
-    g[:, :, r] = -torch.inf
-    closed = changed(inputs, g=g, cotangents={})
+    name = "f" if case.family == "mlstm" else "g"
+    gates = inputs.tensors[name].clone()
+    gates[:, :, r] = -torch.inf
+    closed = changed(inputs, cotangents={}, **{name: gates})
     tail = _along(case, closed, "N", lambda x, axis: x.narrow(axis, r, n - r))
     tail = changed(tail, initial_state=None)
     # Of RWKV-6 the position itself still reads the state before its gate.
@@ -258,7 +252,7 @@ def _forgotten(case: Case, inputs: Inputs, contract: Contract) -> Plan | None:
         attention_call(case, f"its positions from {r} on alone", tail, familiar=False),
     )
     relations = [same("o", rows_from(r + first, n, 2), rows_from(first, n - r, 2))]
-    relations += [same(name) for name in outputs_of(case, inputs) if name == "state"]
+    relations += [same(name) for name in outputs_of(case, inputs) if name != "o"]
     return Plan(calls, tuple(relations))
 
 
@@ -316,18 +310,19 @@ def _determinism(case: Case, inputs: Inputs, contract: Contract) -> Plan:
         opposite["initial_state"] = tuple(-x if name in linear else x for name, x in named)
     elif states is not None:
         opposite["initial_state"] = -states
-    turned = {name: -x if name == "z" else x for name, x in inputs.cotangents.items()}
+    following = (*SIGNATURES[case.family].outputs, *linear)
+    turned = {name: x if name in following else -x for name, x in inputs.cotangents.items()}
     calls = (
         replace(as_it_is(case, inputs), repeat=True),
         attention_call(case, f"{v} and the state negated", changed(inputs, **opposite, cotangents=turned)),
         Call("the case once more, after a call with other values", case, inputs),
     )
-    kept = (v, "initial_state")
+    kept = (v, *(f"initial_{name}" for name in linear))
     negated = _linear_outputs(case, inputs)
-    negated += [f"d{name}" for name in differentiated(inputs) if inputs.cotangents and name not in kept]
+    negated += [f"d{name}" for name in differentiated(case, inputs) if inputs.cotangents and name not in kept]
     relations = (
         *all_same(case, inputs, call=2, bitwise=True),
-        *same_gradients(inputs, every_gradient(inputs), call=2, bitwise=True),
+        *same_gradients(case, inputs, every_gradient(case, inputs), call=2, bitwise=True),
         *(Balance((Term(1, name), Term(0, name, 1.0))) for name in negated),
     )
     return Plan(calls, relations)

@@ -5,6 +5,7 @@
 
 from attnproof.properties.regimes.attention import ATTENTION
 from attnproof.properties.regimes.edges import EDGES
+from attnproof.properties.regimes.levels import LEVELS
 from attnproof.properties.regimes.real import REAL
 from attnproof.properties.regimes.regime import Builder, Regime, RegimeClass, merged
 from attnproof.properties.regimes.rows import ROWS
@@ -12,7 +13,7 @@ from attnproof.properties.regimes.scans import SCANS
 from attnproof.properties.regimes.scores import SCORES
 from attnproof.properties.regimes.states import STATES
 
-REGIMES: dict[str, Regime] = merged(ATTENTION, EDGES, ROWS, REAL, SCORES, STATES, SCANS)
+REGIMES: dict[str, Regime] = merged(ATTENTION, EDGES, ROWS, REAL, SCORES, STATES, SCANS, LEVELS)
 
 from attnproof.properties.regimes.planning import SIZES, plan  # noqa: E402  (the planner is written in terms of REGIMES)
 

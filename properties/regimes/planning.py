@@ -71,7 +71,9 @@ VACUOUS_SHARE = 0.12
 _DEGENERATE_SHARE = 1 / 12
 # Of the cases that the options' turns leave without gradients, how many get them all the same.
 GRADIENT_SHARE = 0.3
-_MOST_WORK = 2**24  # B·H·M·N·(D + E): a few milliseconds of float64
+# B·H·M·N·(D + E): a few milliseconds of float64. However narrow heads are, each score has a cost of its own.
+_MOST_WORK = 2**24
+_LEAST_WIDTH = 48
 _CANDIDATES = 24
 
 # Each class in proportion to how often kernels are wrong there; long ones are slow.
@@ -347,13 +349,14 @@ class _Planner:
             "more-queries": length + length // 2 + 1,
             "decode": 1,
         }[relation]
-        while batch * heads * rows * length * (width + value) > work and (batch > 1 or heads > group):
+        columns = max(width + value, _LEAST_WIDTH)
+        while batch * heads * rows * length * columns > work and (batch > 1 or heads > group):
             batch, heads = (batch - 1, heads) if batch > 1 else (batch, heads - group)
-        if batch * heads * rows * length * (width + value) > work:
+        if batch * heads * rows * length * columns > work:
             if "cu_seqlens" in chosen:
-                rows = length = self._rounded(math.isqrt(work // (heads * (width + value))))
+                rows = length = self._rounded(math.isqrt(work // (heads * columns)))
             else:
-                rows = max(1, work // (batch * heads * length * (width + value)))
+                rows = max(1, work // (batch * heads * length * columns))
         return {"B": batch, "H": heads, "G": heads // group, "M": rows, "N": length, "D": width, "E": value}
 
     def _state_sizes(self, regime: Regime, chosen: tuple[str, ...], length: int, work: int) -> dict[str, int]:

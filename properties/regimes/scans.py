@@ -1,4 +1,4 @@
-"""Regimes for state spaces, selective scans and prefix scans: decays, steps and exponents at their limits."""
+"""Regimes for state spaces, selective scans and prefix scans: decays and steps at their limits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from attnproof.properties.draw import Draw, Float64
 from attnproof.properties.regimes.regime import Builder, Regime
 from attnproof.properties.signatures import SIGNATURES
 
-__all__ = ["SCANS"]
+__all__ = ["SCANS", "fixed_rate", "scans", "shared_axes"]
 
 _SPACES = ("ssm", "h3")
 _STEPPED = ("selective_scan", "ssd")
-_MAXIMA = ("prefix_scan", "rwkv4")
-_FAMILIES = (*_SPACES, *_STEPPED, *_MAXIMA)
+_FAMILIES = (*_SPACES, *_STEPPED, "prefix_scan", "rwkv4")
 # ln(e^x − 1) at the centre of the usual steps: softplus of it is 0.05.
 _USUAL_STEP = math.log(math.expm1(0.05))
 
@@ -44,7 +43,7 @@ def _subnormal(draw: Draw, name: str, shape: tuple[int, ...]) -> Float64:
     return float(draw.finfo.tiny) / 8.0 * draw.normal(name, *shape)
 
 
-def _shared(draw: Draw, *axes: str) -> tuple[int, ...]:
+def shared_axes(draw: Draw, *axes: str) -> tuple[int, ...]:
     """The sizes of axes, 1 for those but the last two where the view "broadcast" makes their strides 0."""
     sizes = tuple(draw[axis] for axis in axes)
     return (*(1,) * (len(sizes) - 2), *sizes[-2:]) if draw.shared else sizes
@@ -159,6 +158,12 @@ def _uneven_rates(draw: Draw) -> tuple[Float64, Float64]:
     return _usual_steps(draw)[0], -np.exp(draw.normal("A", draw["H"], draw["D"]))
 
 
+def _infinite(draw: Draw) -> tuple[Float64, Float64]:
+    """Steps and rates of 2^66 and more, whose product is −∞ in float32."""
+    delta = 2.0 ** (66.0 + draw.uniform("delta", draw["B"], draw["H"], draw["N"]))
+    return delta, -(2.0**66) * np.ones_like(_usual_rates(draw))
+
+
 def _no_steps(draw: Draw) -> tuple[Float64, Float64]:
     """Steps of exactly 0 two times in three: nothing decays and nothing is written."""
     delta, rates = _usual_steps(draw)
@@ -191,41 +196,7 @@ def _stepped(draw: Draw, steps: Steps, *, raw: bool = False) -> dict[str, Any]:
     return {**found, "delta": delta, "delta_bias": bias}
 
 
-# ---- exponents of prefix scans
-
-
-def _logits(draw: Draw, made: Callable[[Draw, tuple[int, ...]], Float64]) -> dict[str, Any]:
-    """Keys whose products with the query, scaled, are what ``made`` says; of RWKV-4 the keys themselves."""
-    if draw.family == "rwkv4":
-        return {"k": made(draw, _shared(draw, "B", "H", "N"))}
-    shape = (1, 1, draw["N"]) if draw.shared else (draw["B"], draw["H"], draw["N"])
-    q = draw.signs("q", draw["H"], draw["D"]) if not draw.shared else np.ones((draw["H"], draw["D"]))
-    # Every key is a multiple of one vector of signs: q·k/√D is D times the multiple over √D.
-    signs = np.ones((1, 1, 1, draw["D"])) if draw.shared else q[None, :, None, :]
-    return {"q": q, "k": made(draw, shape)[..., None] * signs / draw["D"], "scale": 1.0}
-
-
-def _rising(draw: Draw, shape: tuple[int, ...]) -> Float64:
-    """A new maximum at every step."""
-    return np.broadcast_to(np.arange(shape[-1]) * (64.0 / max(shape[-1], 1)) - 32.0, shape)
-
-
-def _falling(draw: Draw, shape: tuple[int, ...]) -> Float64:
-    return -_rising(draw, shape)
-
-
-def _equal(draw: Draw, shape: tuple[int, ...]) -> Float64:
-    return np.full(shape, 0.5)
-
-
-def _wide(draw: Draw, shape: tuple[int, ...]) -> Float64:
-    """From −200 to 200: e^s leaves float32 on both sides."""
-    return 200.0 * (2.0 * draw.uniform("logits", *shape) - 1.0)
-
-
-def _low(draw: Draw, shape: tuple[int, ...]) -> Float64:
-    """About −6·10⁴: still numbers of float16."""
-    return draw.normal("logits", *shape) - 6e4
+# ---- prefix scans
 
 
 def _scanned(draw: Draw, *, decay: Callable[[Draw], Float64] | None = None) -> dict[str, Any]:
@@ -234,7 +205,11 @@ def _scanned(draw: Draw, *, decay: Callable[[Draw], Float64] | None = None) -> d
         keys = (1, 1, draw["N"]) if draw.shared else (draw["B"], draw["H"], draw["N"])
         return {"q": draw.normal("q", draw["H"], draw["D"]), "k": draw.normal("k", *keys, draw["D"])}
     rate = -np.exp(draw.normal("w", draw["H"]) - 2.0) if decay is None else decay(draw)
-    return {"w": rate, "u": draw.normal("u", draw["H"]), "k": draw.normal("k", *_shared(draw, "B", "H", "N"))}
+    return {
+        "w": rate,
+        "u": draw.normal("u", draw["H"]),
+        "k": draw.normal("k", *shared_axes(draw, "B", "H", "N")),
+    }
 
 
 # ---- whole calls
@@ -258,7 +233,6 @@ def scans(
     steps: Steps = _usual_steps,
     raw: bool = False,
     decay: Callable[[Draw], Float64] | None = None,
-    logits: Callable[[Draw, tuple[int, ...]], Float64] | None = None,
     gate: float = 1.0,
 ) -> Builder:
     """Inputs of all these families; each takes what it has a use for."""
@@ -277,11 +251,15 @@ def scans(
                 found["z"] = gate * draw.normal("z", draw["B"], draw["H"], draw["N"])
         else:
             found |= _scanned(draw, decay=decay)
-            if logits is not None:
-                found |= _logits(draw, logits)
         return found
 
     return build
+
+
+def _without_memory(draw: Draw) -> dict[str, Any]:
+    """Log decays of −∞, beside B so small that what is written is of order 1."""
+    found = scans(steps=_infinite)(draw)
+    return {**found, "B": found["B"] * 2.0**-66, "delta_bias": 0.0 * draw.normal("delta_bias", draw["H"])}
 
 
 def _last_nonfinite(draw: Draw) -> dict[str, Any]:
@@ -308,7 +286,8 @@ def _all(builder: Builder, *families: str) -> dict[str, Builder]:
     return dict.fromkeys(families or _FAMILIES, builder)
 
 
-def _rate(value: float) -> Callable[[Draw], Float64]:
+def fixed_rate(value: float) -> Callable[[Draw], Float64]:
+    """The same log decay in every head."""
     return lambda draw: np.full(draw["H"], value)
 
 
@@ -332,7 +311,7 @@ SCANS = (
         {
             **_all(scans(poles=_unit_poles), *_SPACES),
             **_all(scans(steps=_rates(0.0)), *_STEPPED),
-            **_all(scans(decay=_rate(0.0)), "rwkv4"),
+            **_all(scans(decay=fixed_rate(0.0)), "rwkv4"),
         },
     ),
     Regime("closed-gates", "", "extreme", _all(scans(poles=_fixed_poles(0.0)), *_SPACES)),
@@ -353,8 +332,16 @@ SCANS = (
         {
             **_all(scans(poles=_strong_poles), *_SPACES),
             **_all(scans(steps=_steps(-1.0, 2.0)), *_STEPPED),
-            **_all(scans(decay=_rate(-1000.0)), "rwkv4"),
+            **_all(scans(decay=fixed_rate(-1000.0)), "rwkv4"),
         },
+    ),
+    Regime(
+        "infinite-decay",
+        "products of step and rate that are -inf in float32: their differences are NaN",
+        "extreme",
+        _all(_without_memory, *_STEPPED),
+        excludes=("delta_softplus",),
+        dtypes=("float32", "bfloat16", "float64"),
     ),
     Regime(
         "fast-oscillation",
@@ -394,31 +381,5 @@ SCANS = (
         _all(scans(gate=30.0), "selective_scan"),
         needs=("z",),
     ),
-    Regime(
-        "rising-maxima",
-        "a new maximum at every position: all that was summed is scaled down each time",
-        "plain",
-        _all(scans(decay=_rate(0.0), logits=_rising), *_MAXIMA),
-    ),
-    Regime(
-        "falling-maxima",
-        "the first position stays the maximum",
-        "plain",
-        _all(scans(decay=_rate(0.0), logits=_falling), *_MAXIMA),
-    ),
-    Regime(
-        "equal-maxima",
-        "all exponents equal: every weight is 1/t",
-        "tied",
-        _all(scans(decay=_rate(0.0), logits=_equal), *_MAXIMA),
-        vacuous=True,
-    ),
-    Regime(
-        "wide-maxima",
-        "exponents from -200 to 200: e^s leaves float32 on both sides",
-        "extreme",
-        _all(scans(logits=_wide), *_MAXIMA),
-    ),
-    Regime("below-sentinel", "", "extreme", _all(scans(logits=_low), *_MAXIMA)),
 )
 """Regimes by their families; texts of those that other families have as well stand there."""

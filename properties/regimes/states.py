@@ -11,7 +11,7 @@ import numpy as np
 from attnproof.properties.draw import Draw, Float64
 from attnproof.properties.regimes.regime import STATE_FAMILIES, Builder, Regime
 
-__all__ = ["STATES"]
+__all__ = ["STATES", "states"]
 
 _GATED = ("gated_linear", "rwkv6", "delta")
 _DELTA = ("delta",)
@@ -221,6 +221,13 @@ def _extreme_pre_activations(draw: Draw) -> dict[str, Any]:
     return {**made, "i": i, "f": 100.0 * (2.0 * draw.uniform("f", *head) - 1.0)}
 
 
+def _mixed_forgetting(draw: Draw) -> Float64:
+    """Forget gates of mLSTM, each by itself −∞, −100, 100 or usual."""
+    head = (draw["B"], draw["H"], draw["N"])
+    kind, usual = draw.integers("kind", 0, 8, *head), 3.0 + draw.normal("f", *head)
+    return np.where(kind == 0, -np.inf, np.where(kind == 1, -100.0, np.where(kind < 4, 100.0, usual)))
+
+
 def _rare_inputs(draw: Draw) -> dict[str, Any]:
     """Input gates so small that the denominator is 1, and it is e^−m after stabilisation."""
     made = states()(draw)
@@ -264,7 +271,10 @@ STATES = (
         "closed-gates",
         "all gates 0: nothing is remembered, and -inf - (-inf) must not come up",
         "extreme",
-        _all(states(gates=_constant(-math.inf)), *_GATED),
+        {
+            **_all(states(gates=_constant(-math.inf)), *_GATED),
+            **_all(_changed(f=_per_step(-math.inf)), "mlstm"),
+        },
     ),
     Regime(
         "slow-decay",
@@ -288,7 +298,7 @@ STATES = (
         "mixed-gates",
         "gates of 0, 1, exp(-100) and usual ones side by side",
         "extreme",
-        _all(states(gates=_mixed), *_GATED),
+        {**_all(states(gates=_mixed), *_GATED), **_all(_changed(f=_mixed_forgetting), "mlstm")},
     ),
     Regime(
         "no-writing",

@@ -50,8 +50,8 @@ SCANS = (
     ("h3", "attention", "float16", 64, "sm_100"),
     ("selective_scan", "scan, every option", "bfloat16", 16, "sm_80"),
     ("ssd", "attention", "float16", 64, "sm_90"),
-    ("prefix_scan", "blelloch", "float16", 16, "sm_90"),
-    ("rwkv4", "attention", "bfloat16", 16, "gfx942"),
+    ("prefix_scan", "blelloch, every option", "float16", 16, "sm_90"),
+    ("rwkv4", "attention, every option", "bfloat16", 16, "gfx942"),
 )
 
 
@@ -162,6 +162,11 @@ def test_softmax_backward_with_every_option(target: str) -> None:
     assert_no_spills(functools.partial(backward, attention), inputs(dtype, 128), options, target)
 
 
+# Of mLSTM at D = E = 64, which is the only width here: a state to begin with, of one packed sequence.
+CARRIED = {
+    "initial_state": (torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64), torch.zeros(1, 2)),
+    "cu_seqlens": torch.tensor([0, 64], dtype=torch.int32),
+}
 # Of the families with a state: an entry point, its options, and what it is given beside q, k and v.
 STATEFUL = {
     "linear": (linear.attention, {"feature_map": "elu1", "normalize": True}, ()),
@@ -169,7 +174,7 @@ STATEFUL = {
     "rwkv6": (rwkv6.attention, {"scale": 1.0}, ("g", "u")),
     "retention": (retention.parallel, {"scale": 1.0}, ()),
     "delta": (delta.attention, {"scale": 1.0}, ("beta", "g")),
-    "mlstm": (mlstm.attention, {"scale": 1.0}, ("i", "f")),
+    "mlstm": (mlstm.attention, {"scale": 1.0, **CARRIED}, ("i", "f")),
 }
 # Their other kernels work channel by channel, or row by row.
 MATMULS = {

@@ -1,4 +1,4 @@
-"""mLSTM and its gradients against the certified reference: sizes, gates, layouts, what must not leak.
+"""mLSTM and its gradients against the certified reference: sizes, gates, layouts, states, what must not leak.
 
 Every element is held to the certain budget of the kernel's own declaration, and each tensor's mean square to
 the probable one (``tests/properties/test_mlstm_family.py`` shows that wrong kernels exceed them).
@@ -16,53 +16,26 @@ from torch import Tensor
 
 from attnproof.emulator import emulate
 from attnproof.kernels.arguments import ContractError
-from attnproof.kernels.mlstm import attention, attention_recurrent, chunkwise
+from attnproof.kernels.mlstm import attention, chunkwise
 from attnproof.properties.arithmetic import EnclosureArithmetic
 from attnproof.properties.contract import contract_of
 from attnproof.properties.families.gradients import GradientProblem
 from attnproof.properties.families.mlstm import MLSTM
 from attnproof.properties.oracle import evaluate
+from tests.kernels.mlstm_reference import DTYPES, FORMS, INPUTS, carried, inputs, options, outputs
 
 pytestmark = pytest.mark.usefixtures("emulated")
-
-INPUTS = ("q", "k", "v", "i", "f")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FORMS = {"chunks of 32": attention, "chunks of 16": chunkwise(16), "steps": attention_recurrent}
-
-
-def inputs(
-    dtype: torch.dtype = torch.float32,
-    *,
-    b: int = 1,
-    h: int = 2,
-    n: int = 37,
-    d: int = 16,
-    e: int = 16,
-    forget: float = 3.0,
-) -> dict[str, Tensor]:
-    """q, k (B,H,N,D), v, do (B,H,N,E), i, f (B,H,N)."""
-    shapes = {"q": (d,), "k": (d,), "v": (e,), "i": (), "f": (), "do": (e,)}
-    t = {name: torch.randn(b, h, n, *last) for name, last in shapes.items()}
-    t["f"] = t["f"] + forget
-    return {name: x.to(dtype) for name, x in t.items()}
-
-
-def outputs(entry: Any, t: Mapping[str, Tensor], scale: float = 0.3) -> dict[str, Tensor]:
-    """o, the final state, and the gradients by all five tensors."""
-    leaves = [t[name].detach().requires_grad_() for name in INPUTS]
-    o, state, n, m = entry(*leaves, scale=scale, return_state=True)
-    gradients = torch.autograd.grad(o, leaves, t["do"])
-    found = {"o": o, "state": state, "n": n, "m": m}
-    return {**found, **{f"d{name}": x for name, x in zip(INPUTS, gradients, strict=True)}}
 
 
 def assert_exact(entry: Any, t: Mapping[str, Tensor], scale: float = 0.3) -> dict[str, Tensor]:
     """Every output within its certain budget, and their mean squares near the probable one."""
     contract = contract_of(entry)
     assert contract is not None
-    problem = MLSTM.problem(*(t[name].cpu() for name in INPUTS), scale=scale, return_state=True)
+    here = {name: x.cpu() for name, x in t.items()}
+    problem = MLSTM.problem(*(here[name] for name in INPUTS), scale=scale, **options(here))
     forward = evaluate(problem, EnclosureArithmetic(), gauges=True)
-    gradient = GradientProblem(problem, forward, {"o": t["do"].cpu()})
+    cotangents = {name: here[f"d{name}"] for name in ("o", "state", "n") if f"d{name}" in here}
+    gradient = GradientProblem(problem, forward, cotangents)
     exact = evaluate(gradient, EnclosureArithmetic())
     budgets = {**problem.budgets(forward, contract), **gradient.budgets(exact, contract)}
     got = outputs(entry, t, scale)
@@ -71,12 +44,13 @@ def assert_exact(entry: Any, t: Mapping[str, Tensor], scale: float = 0.3) -> dic
         assert x.shape == reference.value.shape, name
         assert x.dtype == (torch.float32 if name in ("state", "n", "m") else t.get(name[1:], t["q"]).dtype)
         error = ((x.detach().cpu().double() - reference.value).abs() - reference.radius).clamp(min=0.0)
+        error = torch.where(x.cpu() == reference.value, 0.0, error)  # of −∞ too
         judged = ~budget.open
-        if not bool(judged.any()) or not t["q"].shape[2]:
+        if not bool(judged.any()):
             continue
-        worst = (error / budget.certain)[judged].max().item()
+        # what is exact, such as the state of no positions, has no budget either
+        worst = torch.where(error == 0, 0.0, error / budget.certain)[judged].max().item()
         assert worst <= 1, f"{name} is off by {worst:.3g} times the certain budget"
-        # an exact result of a gate of −∞ has no error, and no spread either
         deviations = torch.where(error == 0, 0.0, error / budget.probable)[judged]
         mean = deviations.square().mean().sqrt().item()
         assert mean <= 2.0, f"{name} is off by {mean:.3g} standard deviations on average"
@@ -96,6 +70,19 @@ def assert_exact(entry: Any, t: Mapping[str, Tensor], scale: float = 0.3) -> dic
 )
 def test_forms(form: str, dtype: torch.dtype) -> None:
     assert_exact(FORMS[form], inputs(dtype, h=1, n=70, d=40, e=20))
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "cu_seqlens"),
+    [
+        ("chunks of 16", torch.float32, [0, 0, 17, 17, 37, 37]),
+        ("chunks of 32", torch.float16, None),
+        ("steps", torch.bfloat16, [0, 1, 1, 37]),
+    ],
+    ids=str,
+)
+def test_states(form: str, dtype: torch.dtype, cu_seqlens: list[int] | None) -> None:
+    assert_exact(FORMS[form], carried(inputs(dtype, h=1), cu_seqlens))
 
 
 @pytest.mark.parametrize("form", ["chunks of 16", "steps"])
@@ -167,9 +154,11 @@ def test_a_tie_of_the_denominator_is_shared() -> None:
 
 
 def test_layouts() -> None:
-    t = inputs(n=40)
+    t = carried(inputs(n=40))
     want = outputs(attention, t)
-    strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in t.items()}
+    strided = {
+        name: x[..., None].transpose(1, 2).contiguous().transpose(1, 2)[..., 0] for name, x in t.items()
+    }
     strided["k"] = torch.randn(1, 2, 16, 40, 3)[..., 1].mT.copy_(t["k"])
     strided["i"] = torch.randn(1, 40, 2, 2)[..., 1].mT.copy_(t["i"])
     for x, y in zip(outputs(attention, strided).values(), want.values(), strict=True):
@@ -195,7 +184,7 @@ def test_only_one_input_requires_a_gradient() -> None:
 
 
 def test_inputs_stay_and_runs_agree() -> None:
-    t = inputs(torch.float16)
+    t = carried(inputs(torch.float16))
     before = {name: x.clone() for name, x in t.items()}
     first = outputs(attention, t)
     assert all(torch.equal(t[name], before[name]) for name in t)
@@ -250,6 +239,16 @@ def test_every_target(target: str) -> None:
         ({"f": torch.zeros(1, 2, 37).half()}, "float16"),
         ({"q": torch.zeros(1, 4, 37, 16)}, "as many query heads"),
         ({"scale": math.nan}, "scale=nan"),
+        ({"initial_state": torch.zeros(1, 2, 16, 16)}, r"Tensor: expected a tuple \(state, n, m\)"),
+        (
+            {"initial_state": (torch.zeros(1, 2, 16, 16), None, torch.zeros(1, 2))},
+            "n of initial_state is None",
+        ),
+        (
+            {"initial_state": (torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16), torch.zeros(1, 2, 1))},
+            r"m of initial_state has shape \(1, 2, 1\): expected \(1, 2\)",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 36], dtype=torch.int32)}, "rise from 0 to the length 37"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
@@ -263,7 +262,10 @@ def test_contract() -> None:
     for entry in FORMS.values():
         contract = contract_of(entry)
         assert contract is not None
-        assert (contract.family, contract.options) == ("mlstm", ("return_state",))
+        assert (contract.family, contract.options) == (
+            "mlstm",
+            ("initial_state", "cu_seqlens", "return_state"),
+        )
     with pytest.raises(ContractError, match="chunk=20"):
         chunkwise(20)
     wide = torch.zeros(1, 1, 3, 257)

@@ -22,7 +22,14 @@ from attnproof.kernels.prefix_scan import (
     update,
 )
 from attnproof.properties.families import prefix_scan as family
-from tests.kernels.prefix_scan_reference import judge, judge_outputs, prefix_attention
+from tests.kernels.prefix_scan_reference import (
+    assert_gradients_of_states,
+    assert_handed_over,
+    judge,
+    judge_outputs,
+    prefix_attention,
+    prefix_recurrence,
+)
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -71,7 +78,7 @@ def test_halves(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
 def test_nothing(name: str, shape: tuple[int, int]) -> None:
-    """No position gives back the state before it, no batch entry zeros for the gradient of q."""
+    """No position gives back the state before it, and its cotangents; no batch entry zeros for dq."""
     batch, n = shape
     q, k, v = (x.requires_grad_() for x in inputs(n, batch=batch))
     o, *state = FORMS[name](q, k, v, scale=SCALE, return_state=True)
@@ -80,9 +87,15 @@ def test_nothing(name: str, shape: tuple[int, int]) -> None:
         assert (state[0] == -math.inf).all()
         assert not state[1].any()
         assert not state[2].any()
-        start = State(torch.randn(batch, 3), torch.rand(batch, 3), torch.randn(batch, 3, 7))
+        # neutral in a head: nothing to exponentiate
+        m = torch.tensor([0.5, -math.inf, 3.0]).repeat(batch, 1)
+        start = State(m, (m > 0).float(), torch.randn(batch, 3, 7))
+        sums = [x.requires_grad_() for x in start[1:]]
         _, *end = FORMS[name](q, k, v, scale=SCALE, initial_state=start, return_state=True)
         assert all(map(torch.equal, start, end))
+        assert not {x.data_ptr() for x in start if x.numel()} & {x.data_ptr() for x in end}
+        cotangents = [torch.randn(x.shape) for x in sums]
+        assert all(map(torch.equal, torch.autograd.grad(end[1:], sums, cotangents), cotangents))
     dq, dk, dv = torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
     assert not dq.any()
     assert dk.shape == k.shape
@@ -116,8 +129,8 @@ def test_equal_logits_are_a_running_mean() -> None:
 
 @pytest.mark.parametrize("split", [0, 1, 16, 36])
 def test_state_is_handed_over(split: int) -> None:
-    """In two calls what one call gives, whichever form makes either part."""
-    q, k, v = inputs(37)
+    """In two calls what one call gives, gradients too, whichever form makes either part."""
+    q, k, v = leaves = [x.requires_grad_() for x in inputs(37)]
     want = attention(q, k, v, scale=SCALE, return_state=True)
     forms = itertools.cycle(itertools.permutations(FORMS.values(), 2))
     for _, (first, second) in zip(range(3), itertools.islice(forms, split, None, 3), strict=False):
@@ -125,8 +138,7 @@ def test_state_is_handed_over(split: int) -> None:
         tail, *end = second(
             q, k[:, :, split:], v[:, :, split:], scale=SCALE, initial_state=tuple(state), return_state=True
         )
-        for x, y in zip((torch.cat((head, tail), 2), *end), want, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        assert_handed_over(want, (torch.cat((head, tail), 2), *end), leaves)
 
 
 @pytest.mark.parametrize("kind", ["neutral", "large", "random"])
@@ -141,19 +153,40 @@ def test_initial_states(kind: str) -> None:
     judge_every_form(tensors, scale=SCALE, initial_state=(m, u, w))
 
 
-def test_gradients_after_a_state() -> None:
-    """A state is a constant: gradients in q, k and v are those of the formula with it."""
-    state = (torch.randn(2, 3), 1 + torch.rand(2, 3), torch.randn(2, 3, 7))
-    leaves = [x.requires_grad_() for x in inputs(20)]
-    o, *end = attention(*leaves, scale=SCALE, initial_state=state, return_state=True)
-    assert not any(x.requires_grad for x in end)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    cotangent = torch.randn_like(o)
-    want = torch.autograd.grad(
-        prefix_attention(*exact, scale=SCALE, initial=state), exact, cotangent.double()
+def state_before(e: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels among the logits, far above and below them, and a neutral head."""
+    m, u, w = torch.randn(2, 3), 1 + torch.rand(2, 3), torch.randn(2, 3, e)
+    m[1] = torch.tensor([3.0, 1e4, -1e4])
+    m[0, 1], u[0, 1], w[0, 1] = -math.inf, 0.0, 0.0
+    return m, u, w
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_gradients_of_states(name: str) -> None:
+    """Of the initial state and of all inputs by way of the final one; two slices of E, two blocks."""
+    assert_gradients_of_states(
+        FORMS[name], prefix_recurrence, inputs(37, e=40), state_before(40), 0, scale=SCALE
     )
-    for x, y in zip(torch.autograd.grad(o, leaves, cotangent), want, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [(0,), (2,), (3,)])
+def test_cotangents_of_some_outputs(used: tuple[int, ...]) -> None:
+    """Of o alone, of u alone, of w alone: what nobody used has none."""
+    assert_gradients_of_states(
+        attention, prefix_recurrence, inputs(5), state_before(7), 0, used=used, scale=SCALE
+    )
+
+
+def test_what_needs_no_gradient() -> None:
+    """Only the initial w asks for one; a level alone asks in vain, and keeps no graph."""
+    tensors, (m, u, w) = inputs(5), state_before(7)
+    o, *end = attention(*tensors, scale=SCALE, initial_state=(m, u, w.requires_grad_()), return_state=True)
+    (dw,) = torch.autograd.grad((o.sum(), end[2].sum()), (w,))
+    assert dw.shape == w.shape
+    assert dw[0, 0].all()
+    state = (m.requires_grad_(), u, w.detach())
+    for x in attention(*tensors, scale=SCALE, initial_state=state, return_state=True):
+        assert not x.requires_grad
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -168,6 +201,8 @@ def test_update(steps: int) -> None:
     for x, y in zip(state, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.w / state.u[..., None], o[:, :, -1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ContractError, match="update: state requires a gradient, and gets none"):
+        update(State(state.m, state.u, state.w.requires_grad_()), q, k, v, SCALE)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -219,11 +254,6 @@ STATE = (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, 7))
         ({"scale": math.inf}, ContractError, "scale=inf"),
         ({"initial_state": STATE[:2]}, ContractError, r"expected a tuple \(m, u, w\)"),
         ({"initial_state": (*STATE[:2], STATE[0])}, ContractError, "w of initial_state has shape"),
-        (
-            {"initial_state": (*STATE[:2], torch.zeros(2, 3, 7, requires_grad=True))},
-            ContractError,
-            "w of initial_state requires a gradient, and gets none",
-        ),
     ],
 )
 def test_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from attnproof.properties.arithmetic import EnclosureArithmetic
 from attnproof.properties.arithmetic.base import Enclosure
-from attnproof.properties.case import Case, make_inputs
+from attnproof.properties.case import APART, Case, make_inputs
 from attnproof.properties.contract import Contract, ContractError, Supports
 from attnproof.properties.families import FAMILIES
 from attnproof.properties.families.gradients import GradientProblem
@@ -83,6 +83,8 @@ STATES = (
     "rwkv6:bfloat16:normal:B1,H2,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:contiguous:2",
     "mlstm:float32:normal:B2,H2,N7,D3,E2:cotangents=normal:contiguous:1",
     "mlstm:bfloat16:small-input-gates:B1,H2,N9,D3,E2:return_state:transposed:2",
+    "mlstm:float16:normal:B1,H2,N9,D3,E2:wide_gates,initial_state,cu_seqlens=2+0+7,return_state:contiguous:3",
+    "mlstm:float32:normal:B1,H2,N9,D3,E2:initial_state,return_state,cotangents=ones:contiguous:4",
     "delta:float32:normal:B2,H2,N7,D3,E2:gate=channel,return_state,cotangents=normal:contiguous:1",
     "delta:float16:normal:B1,H2,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:contiguous:2",
 )
@@ -96,9 +98,9 @@ SCANS = (
     "ssd:float32:normal:B2,H4,G2,N7,D3,E2:skip,return_state,cotangents=normal:contiguous:1",
     "ssd:bfloat16:normal:B1,H2,G1,N9,D3,E2:initial_state,cu_seqlens=3+0+6,return_state:transposed:2",
     "prefix_scan:float32:normal:B2,H2,N7,D3,E2:cotangents=normal:contiguous:1",
-    "prefix_scan:float16:wide-maxima:B1,H2,N9,D3,E2:initial_state,return_state:sliced:2",
+    "prefix_scan:float16:wide-maxima:B1,H2,N9,D3,E2:initial_state,return_state,cotangents=normal:sliced:2",
     "rwkv4:float32:normal:B2,H2,N7:cotangents=normal:contiguous:1",
-    "rwkv4:bfloat16:normal:B1,H2,N9:initial_state,return_state:columns:2",
+    "rwkv4:bfloat16:normal:B1,H2,N9:initial_state,return_state,cotangents=ones:columns:2",
 )
 CASES = [Case.parse(text) for text in (*SOFTMAX, *GRADIENTS, *STATES, *SCANS)]
 CASES += [Case.parse(text.format(family)) for family in ("logsumexp", "softmax_rows") for text in ROWS]
@@ -314,7 +316,7 @@ def test_the_case_of_a_call_describes_it() -> None:
                 for name, tensor in call.inputs.cotangents.items():
                     axes = {**form.outputs, **form.states}[name]
                     assert tensor.shape == form.shape(axes, call.case.all_sizes), words
-                given = {name for name, _ in call.case.options} - {"cotangents", "gate"}
+                given = {name for name, _ in call.case.options} - {*APART}
                 assert set(call.inputs.options) == given | set(form.required), words
                 assert bool(call.inputs.cotangents) == bool(call.case.option("cotangents")), words
                 assert Case.parse(call.case.id) == call.case

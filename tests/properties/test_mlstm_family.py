@@ -333,8 +333,8 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
         MLSTM.problem(*tensors, **options)
 
 
-def test_only_the_output_takes_a_cotangent() -> None:
+def test_the_level_takes_no_cotangent() -> None:
     t = inputs((1, 1, 3, 2, 2), torch.float32, seed=5)
     problem = MLSTM.problem(*(t[name] for name in INPUTS), scale=0.5, return_state=True)
-    with pytest.raises(ContractError, match="only o is differentiated"):
+    with pytest.raises(ContractError, match="level m is held constant"):
         problem.differentiate(EnclosureArithmetic(), {"o": t["do"], "m": torch.ones(1, 1)})

@@ -265,7 +265,6 @@ def test_states_of_healthy_kernels(dtype: torch.dtype, form: str) -> None:
     problem = PREFIX_SCAN.problem(
         *(t[name] for name in INPUTS), scale=1.0, initial_state=state, return_state=True
     )
-    assert problem.differentiated == ()
     forward = evaluate(problem, EnclosureArithmetic(), gauges=True)
     budgets = problem.budgets(forward, CONTRACT)
 
@@ -414,10 +413,3 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     options = {"scale": 0.5, **{key: value for key, value in change.items() if key not in INPUTS}}
     with pytest.raises(ContractError, match=message):
         PREFIX_SCAN.problem(*tensors, **options)
-
-
-def test_calls_with_states_take_no_cotangents() -> None:
-    t = inputs((1, 1, 3, 2, 2), torch.float32, seed=5)
-    problem = PREFIX_SCAN.problem(*(t[name] for name in INPUTS), scale=0.5, return_state=True)
-    with pytest.raises(ContractError, match="prefix_scan: calls with an initial state, and the final"):
-        problem.differentiate(EnclosureArithmetic(), {"o": t["do"], "m": torch.ones(1, 1)})

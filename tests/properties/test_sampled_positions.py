@@ -26,6 +26,7 @@ CALLS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "normalised": ("linear", {"feature_map": "elu1", "normalize": True}),
     "not causal": ("linear", {"feature_map": "relu", "normalize": False, "causal": False}),
     "mlstm": ("mlstm", {"scale": 0.3}),
+    "packed mlstm": ("mlstm", {"scale": 0.3, "cu_seqlens": (0, 40, 40, 61, 600)}),
     "delta": ("delta", {"scale": 0.3}),
     "packed delta": ("delta", {"scale": 0.3, "cu_seqlens": (0, 40, 40, 61, 600)}),
 }
@@ -53,6 +54,9 @@ def problem_of(name: str, length: int, dtype: torch.dtype = torch.float32, decay
         tensors[1:] = [tensors[1].to(dtype), tensors[2], beta, -0.01 * normal().abs()]
     if family == "mlstm":
         tensors += [normal(), normal() + 4.0]
+    if name == "packed mlstm":
+        drawn = (torch.randn(4, 2, 4, 4, generator=generator) + 1.0).unbind(-1)
+        options["initial_state"] = (torch.stack(drawn[:3], -1), drawn[3], drawn[0][..., 0] + 3.0)
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
     return family_of(family).problem(*tensors, **options, return_state=True)
@@ -62,7 +66,7 @@ def problem_of(name: str, length: int, dtype: torch.dtype = torch.float32, decay
 def test_sampled_rows_are_those_of_the_whole_evaluation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference and budgets of sampled rows and of states are those of all rows; others are open."""
     a, contract = EnclosureArithmetic(), Contract(CALLS[name][0])
-    dtype = torch.bfloat16 if name in ("mlstm", "retention") else torch.float32
+    dtype = torch.bfloat16 if name in ("packed mlstm", "mlstm", "retention") else torch.float32
     whole = problem_of(name, 600, dtype)
     monkeypatch.setattr(state_layout, "LONGEST", 100)
     sampled = problem_of(name, 600, dtype)

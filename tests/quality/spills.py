@@ -122,9 +122,11 @@ def rwkv6_forms() -> Iterator[Form]:
 
 
 def mlstm_forms() -> Iterator[Form]:
-    """Without an initial state, which it does not take."""
+    """From a state (C', n', m) to another, of a batch and of packed sequences, here one."""
+    packed = (*RETURNED, ("cu_seqlens", torch.tensor([0, LENGTH], dtype=torch.int32)))
     for entry in (mlstm.attention, mlstm.attention_recurrent):
-        yield Form(entry.__name__, entry, (("N",), ("N",)), RETURNED, state=())
+        for name, options in ((entry.__name__, RETURNED), (f"{entry.__name__}, packed", packed)):
+            yield Form(name, entry, (("N",), ("N",)), options, state=(("D", "D"), ("D",), ()))
 
 
 def delta_forms() -> Iterator[Form]:
@@ -155,9 +157,9 @@ SCANS: dict[str, tuple[tuple[Callable[..., Any], ...], tuple[tuple[tuple[str, An
     "ssd": ((ssd.attention, ssd.parallel, ssd.recurrent), ((("skip", True), *CARRIED),)),
     "prefix_scan": (
         (prefix_scan.attention, prefix_scan.recurrent, prefix_scan.hillis_steele, prefix_scan.blelloch),
-        ((),),
+        (CARRIED, ()),
     ),
-    "rwkv4": ((rwkv4.attention, rwkv4.recurrent), ((),)),
+    "rwkv4": ((rwkv4.attention, rwkv4.recurrent), (CARRIED, ())),
 }
 
 
@@ -273,7 +275,7 @@ def line(results: Sequence[Result]) -> str:
         f"{'failed' if x.error else max(k.registers for k in x.kernels)!s:>7}{'*' if x.faults else ' '}"
         for x in results
     )
-    head = f"{first.family:13}{first.form:36}{first.dtype:9}{first.width:>5}  {''.join(registers)}"
+    head = f"{first.family:15}{first.form:36}{first.dtype:9}{first.width:>5}  {''.join(registers)}"
     faults = dict.fromkeys(f"    {x.target}: {fault}" for x in results for fault in x.faults)
     return "\n".join([head.rstrip(), *faults])
 
@@ -292,7 +294,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no family {', '.join(unknown)}: choose from {', '.join(FAMILIES)}")
     columns = "".join(f"{target:>7} " for target in asked.targets)
-    print(f"{'family':13}{'form':36}{'dtype':9}{'width':>5}  {columns}".rstrip())
+    print(f"{'family':15}{'form':36}{'dtype':9}{'width':>5}  {columns}".rstrip())
     wrong = total = 0
     for results in scan(asked.families or list(FAMILIES), asked.targets, asked.widths, asked.dtypes):
         print(line(results), flush=True)

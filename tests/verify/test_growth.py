@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnproof import growth
-from attnproof.growth import Growth, exponent, finding, main, measure
+from attnproof.growth import Growth, exponent, finding, long_finding, main, measure
 
 
 def grown(form: str, power: float, worst: float = 0.1, verdict: str = "PASS") -> list[Growth]:
@@ -49,12 +49,21 @@ def test_a_form_is_measured_at_every_length() -> None:
 
 def test_what_is_written_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(growth, "LENGTHS", (8, 16))
-    monkeypatch.setattr(growth, "measure", lambda *task: grown(task[1], 0.5))
+    monkeypatch.setattr(growth, "measure", lambda *task: grown(task[1], 0.5)[-len(task[3]) :])
     monkeypatch.setattr(growth, "__file__", str(tmp_path / "growth.py"))
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(growth.processes, "pool", InThisProcess)
     assert main(["rwkv4", "--write"]) == 0
     assert b"SUPPORTED" in (tmp_path / "data" / "growth.json").read_bytes()
+    assert main(["rwkv4", "--long", "--write"]) == 0
+    assert b"65536" in (tmp_path / "data" / "long.json").read_bytes()
+
+
+def test_a_form_that_fails_on_a_long_sequence_is_named() -> None:
+    assert long_finding(grown("scan", 0.5)).verdict == "SUPPORTED"
+    found = long_finding([*grown("scan", 0.5), *grown("recurrent", 0.5, 3.0, "FAIL")])
+    assert found.verdict == "REFUTED"
+    assert "not: ssm.recurrent in float32 (FAIL)" in found.evidence
 
 
 class InThisProcess:

@@ -22,7 +22,7 @@ import torch
 
 import attnproof
 from attnproof.properties.arithmetic.balls import ArbArithmetic
-from attnproof.properties.case import Case, Inputs, make_inputs
+from attnproof.properties.case import Case, Inputs, case_states, make_inputs
 from attnproof.properties.contract import Contract, contract_of
 from attnproof.properties.families import family_of
 from attnproof.properties.families.base import Problem
@@ -168,7 +168,7 @@ def _called(function: Callable[..., Any], case: Case) -> _Returned | Exception:
             values = value if isinstance(value, tuple) else (value,)
             outputs = dict(zip(family_of(case.family).returned(inputs.options), values, strict=True))
             if sources:
-                # Not every output has a cotangent: mLSTM's final state takes none.
+                # Not every output has a cotangent: a state's level takes none.
                 weighted = [outputs[name] for name in inputs.cotangents]
                 weights = list(inputs.cotangents.values())
                 found = torch.autograd.grad(weighted, list(sources.values()), weights, allow_unused=True)
@@ -179,7 +179,7 @@ def _called(function: Callable[..., Any], case: Case) -> _Returned | Exception:
         tensor.requires_grad_(False)
     outputs |= {f"d{name}": x for name, x in gradients.items() if x is not None}
     outputs = {name: x.detach() for name, x in outputs.items()}
-    changed = any(not _same(a, b) for a, b in _pairs(inputs, untouched))
+    changed = any(not _same(a, b) for a, b in _pairs(case, inputs, untouched))
     return _Returned(outputs, changed, tuple(name for name, x in gradients.items() if x is None))
 
 
@@ -188,15 +188,15 @@ def _arguments(inputs: Inputs, case: Case) -> tuple[torch.Tensor | None, ...]:
     return tuple(inputs.tensors.get(name) for name in family_of(case.family).inputs)
 
 
-def _given(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """All tensors of a call by name; initial states that come as a tuple as "initial_state", "initial_z" and
-    so on.
-    """
+def _given(inputs: Inputs, case: Case) -> dict[str, torch.Tensor]:
+    """All tensors of a call by name, each part of an initial state by its own."""
     found = {**inputs.tensors}
     for name, value in inputs.options.items():
-        held = value if isinstance(value, tuple) else (value,)
-        names = (name, name.replace("state", "z"), f"{name}[2]")
-        found |= {n: x for n, x in zip(names, held, strict=False) if isinstance(x, torch.Tensor)}
+        parts = {name: value}
+        if name == "initial_state":
+            held = value if isinstance(value, tuple) else (value,)
+            parts = {f"initial_{part}": x for part, x in zip(case_states(case), held, strict=True)}
+        found |= {part: x for part, x in parts.items() if isinstance(x, torch.Tensor)}
     return found
 
 
@@ -204,12 +204,12 @@ def _differentiated(inputs: Inputs, case: Case) -> dict[str, torch.Tensor]:
     """The tensors of the call that have a gradient, by name; none where the case has no cotangents."""
     if not inputs.cotangents:
         return {}
-    given = _given(inputs)
+    given = _given(inputs, case)
     return {name: given[name] for name in _problem(case).differentiated}
 
 
-def _pairs(a: Inputs, b: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(_given(a).values(), _given(b).values(), strict=True))
+def _pairs(case: Case, a: Inputs, b: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(_given(a, case).values(), _given(b, case).values(), strict=True))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

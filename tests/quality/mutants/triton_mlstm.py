@@ -1,4 +1,4 @@
-"""Mutants of the mLSTM: its stabilised denominator, the running maximum, gates, chunks and states."""
+"""Mutants of the mLSTM: its stabilised denominator, running maximum, gates, chunks, states, sequences."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ __all__ = ["MUTANTS"]
 
 _CHUNKS = "attnproof.kernels.mlstm_chunks"
 
-_whole = partial(Mutant, base=MLSTM, mechanism="numerics", bug="", shows=(*NUMERIC, "nonfinite"))
+_whole = partial(
+    Mutant,
+    base=MLSTM,
+    module="attnproof.kernels.mlstm_forward",
+    mechanism="numerics",
+    bug="",
+    shows=(*NUMERIC, "nonfinite"),
+)
 _shared = partial(_whole, module=_CHUNKS)
 _stepwise = partial(_whole, base=MLSTM_RECURRENT)
 _bound = partial(_shared, base=MLSTM_RECURRENT, bug="theory 2.10")
 _pointer = partial(_whole, mechanism="pointers", shows=(*NUMERIC, *FAULT, "nonfinite"))
 _wrapper = partial(_whole, mechanism="wrapper")
+_carried = partial(_pointer, module=_CHUNKS)
 
 _TRIGGER = "mlstm:float32:normal:B1,H2,N20,D4,E5"
 _CHUNKED = "mlstm:float32:normal:B1,H2,N40,D4,E5"
@@ -28,10 +36,16 @@ _DIVIDED = "b_inverse = b_down / tl.maximum(b_size, b_least, propagate_nan=tl.Pr
 _LOG_SIGMOID = "return tl.where(b_f != b_f, b_f, tl.minimum(b_f, 0.0) - b_log)"
 _MAXIMUM = "b_after = tl.maximum(b_whole + b_before, tl.max(b_tail, 0))"
 _KEPT = "b_kept, b_written = tl.exp(b_whole + b_m - b_after), tl.exp(b_tail - b_after)"
-_LAST = "state[:, :, -1].clone(), n[:, :, -1].clone(), bound[:, :, -1].clone()"
+_FOUND = "before, end = states(call)\n"
 _DENOMINATOR = "b_factor, b_slope = denominator(tl.sum(b_q * b_n, 0), b_m)"
 _STEP = "b_c = b_c * b_kept + b_k[:, None] * b_v[None, :]"
-_OUTPUT_GATES = "gate_tile(p_i + i_b * s_ib + i_h * s_ih, p_f + i_b * s_fb + i_h * s_fh, o_n, s_in, s_fn, N)"
+_OUTPUT_GATES = "p_f += i_b * s_fb + i_h * s_fh\n    b_i, b_f = gate_tile("
+_START = "b_c = tl.load(p_c0 + (i_sh * D + o_d)[:, None]"
+_START_M = "b_m = tl.load(p_m0 + i_sh)"
+_NEUTRAL = "    b_m = -INF\n"
+_START_N = "b_n = tl.load(p_n0 + i_sh * D + o_d, mask=o_d < D, other=0.0)"
+_STATE_GATES = "decays(p_i, p_f, o_n, b_m, s_in, s_fn, i_stop, C)"
+_READ = "b_kept = tl.exp(b_head + b_before - b_m)"
 
 MUTANTS = (
     _bound(
@@ -177,8 +191,8 @@ MUTANTS = (
         name="triton_mlstm_state_enters_undecayed",
         edits=(
             (
-                "b_kept = tl.exp(b_head + b_before - b_m)",
-                "b_kept = tl.exp(b_head - b_log_f + b_before - b_m)",
+                _READ,
+                _READ.replace("b_head", "b_head - b_log_f"),
             ),
         ),
         story="A row reads the state before its chunk without the row's own forget gate.",
@@ -188,8 +202,8 @@ MUTANTS = (
         name="triton_mlstm_padding_forgets",
         edits=(
             (
-                "b_f = tl.load(p_f + o_n * s_fn, mask=o_n < N, other=INF)",
-                "b_f = tl.load(p_f + o_n * s_fn, mask=o_n < N, other=0.0)",
+                "b_f = tl.load(p_f + o_n * s_fn, mask=o_n < i_stop, other=INF)",
+                "b_f = tl.load(p_f + o_n * s_fn, mask=o_n < i_stop, other=0.0)",
             ),
         ),
         mechanism="masking",
@@ -199,7 +213,7 @@ MUTANTS = (
     ),
     _shared(
         name="triton_mlstm_padding_sets_the_maximum",
-        edits=(("mask=o_n < N, other=-INF", "mask=o_n < N, other=0.0"),),
+        edits=(("mask=o_n < i_stop, other=-INF", "mask=o_n < i_stop, other=0.0"),),
         mechanism="masking",
         bug="B43",
         story="Positions behind the end have the input gate e⁰, and the final maximum is at least 0.",
@@ -214,7 +228,7 @@ MUTANTS = (
     ),
     _pointer(
         name="triton_mlstm_gates_of_the_first_head",
-        edits=((_OUTPUT_GATES, _OUTPUT_GATES.replace("p_f + i_b * s_fb + i_h * s_fh", "p_f + i_b * s_fb")),),
+        edits=((_OUTPUT_GATES, _OUTPUT_GATES.replace(" + i_h * s_fh", "")),),
         bug="B50",
         story="Rows of every head decay by the forget gates of head 0.",
         trigger=f"{_TRIGGER}:-:contiguous:24",
@@ -228,9 +242,14 @@ MUTANTS = (
     ),
     _pointer(
         name="triton_mlstm_denominator_of_the_next_state",
-        edits=(("b_n = tl.load(p_n + i_slot * D + o_d", "b_n = tl.load(p_n + (i_slot + 1) * D + o_d"),),
-        story="The denominator reads n of the state behind the chunk, which holds later keys.",
-        trigger=f"{_CHUNKED}:-:contiguous:26",
+        edits=(
+            (
+                "b_n = tl.load(p_n + i_slot * D + o_d",
+                "b_n = tl.load(p_n + (i_slot + tl.where(i_first + C < i_stop, H, 0)) * D + o_d",
+            ),
+        ),
+        story="Where another chunk follows, the denominator reads n of the state before that, of later keys.",
+        trigger=f"{_CHUNKED}:initial_state:contiguous:26",
     ),
     _pointer(
         name="triton_mlstm_state_mask_transposed",
@@ -247,21 +266,96 @@ MUTANTS = (
     ),
     _wrapper(
         name="triton_mlstm_state_before_the_last_chunk",
-        edits=((_LAST, _LAST.replace("-1]", "-2:][:, :, 0]")),),
+        edits=((_FOUND, f"{_FOUND}    end = State(*(x[-1:] for x in before))\n"),),
         story="The final state is that before the last chunk.",
         trigger=f"{_CHUNKED}:return_state:contiguous:28",
     ),
     _wrapper(
         name="triton_mlstm_state_unstabilised",
-        edits=(
-            (
-                _LAST,
-                _LAST.replace(
-                    "state[:, :, -1].clone()", "state[:, :, -1] * bound[:, :, -1, None, None].exp()"
-                ),
-            ),
-        ),
+        edits=((_FOUND, f"{_FOUND}    end = end._replace(c=end.c * end.m.exp()[..., None, None])\n"),),
         story="C is returned in place of C e^−m, beside an n that is divided.",
         trigger=f"{_CHUNKED}:return_state:contiguous:29",
+    ),
+    _shared(
+        name="triton_mlstm_initial_level_ignored",
+        edits=((_START_M, "b_m = 0.0"),),
+        story="An initial state is taken for one of level 0.",
+        trigger=f"{_TRIGGER}:initial_state:contiguous:30",
+    ),
+    _wrapper(
+        name="triton_mlstm_initial_state_unstabilised",
+        module="attnproof.kernels.mlstm",
+        edits=(
+            (
+                "return state[0], state[1], state[2].detach()",
+                "return state[0] * (-state[2].detach()).exp()[..., None, None], state[1], state[2].detach()",
+            ),
+        ),
+        story="The initial state is taken for C in place of C e^−m, beside an n that is divided.",
+        trigger=f"{_TRIGGER}:initial_state:contiguous:31",
+    ),
+    _stepwise(
+        name="triton_mlstm_initial_state_not_moved_to_the_new_maximum",
+        edits=((_STEP, _STEP.replace("b_kept", "tl.where(i_t == 0, tl.exp(b_log_f), b_kept)")),),
+        story="The first position decays the initial state, but does not rescale it to its own maximum.",
+        trigger=f"{_TRIGGER}:initial_state:contiguous:32",
+    ),
+    _stepwise(
+        name="triton_mlstm_initial_state_misses_the_first_gate",
+        edits=((_START_M, f"{_START_M} - log_sigmoid(tl.load(p_f + i_start * s_fn))"),),
+        story="The first forget gate does not decay the initial state.",
+        trigger=f"{_TRIGGER}:initial_state:contiguous:33",
+    ),
+    _shared(
+        name="triton_mlstm_initial_normaliser_left_out",
+        edits=((_START_N, "b_n = tl.zeros([BD], dtype=tl.float32)"),),
+        bug="B55",
+        story="The denominator begins at 0 whatever the initial n is.",
+        trigger=f"{_TRIGGER}:initial_state:contiguous:34",
+    ),
+    _carried(
+        name="triton_mlstm_one_initial_state_for_all",
+        edits=((_START, _START.replace("i_sh", "i_h")),),
+        story="Every packed sequence begins with the first one's C.",
+        trigger=f"{_TRIGGER}:initial_state,cu_seqlens=7+0+13:contiguous:35",
+    ),
+    _carried(
+        name="triton_mlstm_initial_state_transposed",
+        edits=(
+            (
+                f"{_START} * E + o_e[None, :]",
+                f"{_START.replace('i_sh * D', 'i_sh * D * E')} + (o_e * D)[None, :]",
+            ),
+        ),
+        bug="B52",
+        story="The initial C is read as values by keys.",
+        trigger=f"{_TRIGGER}:initial_state:contiguous:36",
+    ),
+    _carried(
+        name="triton_mlstm_gates_of_the_next_sequence",
+        edits=((_STATE_GATES, _STATE_GATES.replace("i_stop", "N")),),
+        bug="B43",
+        story="Rows that fill up a sequence's last chunk take the gates of the next sequence into the state.",
+        trigger=f"{_TRIGGER}:cu_seqlens=7+0+13,return_state:contiguous:37",
+    ),
+    _carried(
+        name="triton_mlstm_empty_sequences_lose_their_state",
+        edits=(
+            (
+                "tl.store(p_n1 + i_sh * D + o_d, b_n, mask=o_d < D)",
+                "tl.store(p_n1 + i_sh * D + o_d, tl.where(i_stop > i_start, b_n, 0.0), mask=o_d < D)",
+            ),
+        ),
+        story="Behind a sequence without positions n is 0 in place of the initial one.",
+        trigger=f"{_TRIGGER}:initial_state,cu_seqlens=7+0+13,return_state:contiguous:38",
+    ),
+    _carried(
+        name="triton_mlstm_state_of_the_sequence_before",
+        base=MLSTM_RECURRENT,
+        module="attnproof.kernels.mlstm_forward",
+        edits=((_NEUTRAL, f"{_NEUTRAL}    if p_m0 is None:\n        i_start = i_start * 0\n"),),
+        bug="B43",
+        story="A packed sequence without an initial state runs on from what lies before it.",
+        trigger=f"{_TRIGGER}:cu_seqlens=7+0+13,return_state:contiguous:39",
     ),
 )

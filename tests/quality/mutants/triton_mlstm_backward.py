@@ -1,4 +1,6 @@
-"""Mutants of the mLSTM's backward pass: the denominator's gradient, gates, chunks and cotangents."""
+"""Mutants of the mLSTM's backward pass: the denominator's gradient, gates, chunks and cotangents, and the
+gradients of initial states and from final ones.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,8 @@ _slope = partial(_gradient, module="attnproof.kernels.mlstm_chunks")
 _TRIGGER = "mlstm:float32:normal:B1,H2,N20,D4,E5:cotangents=normal:contiguous"
 _CHUNKED = "mlstm:float32:normal:B1,H2,N40,D4,E5:cotangents=normal:contiguous"
 _RARE = "mlstm:float32:small-input-gates:B1,H2,N20,D4,E5:cotangents=normal:contiguous"
+_STARTED = "mlstm:float32:normal:B1,H2,N20,D4,E5:initial_state"
+_RETURNED = "mlstm:float32:normal:B1,H2,N20,D4,E5:return_state"
 _EXTREME = "mlstm:float32:extreme-gates:B1,H2,N40,D4,E5:cotangents=normal:contiguous"
 
 _DELTA = "tl.where(b_slope == 0, 0.0, -b_slope * b_sum)"
@@ -41,6 +45,11 @@ _STATE_GRADIENT = "b_dc = b_dc * b_decay + tl.dot("
 _TO_DQ = "(b_dq * b_inverse[:, None] + b_delta[:, None] * b_n[None, :])"
 _TO_DK = "(b_dk + b_dn[None, :])"
 _BEFORE = "m_before = o_c[:, None] > o_c[None, :]"
+_END = "b_dc = tl.load(p_dc1 + o_state"
+_END_N = "b_dn = tl.load(p_dn1 + i_sh * D + o_d, mask=o_d < D, other=0.0)"
+_START = "tl.store(p_dc0 + o_state, b_dc, mask=m_de)"
+_START_N = "tl.store(p_dn0 + i_sh * D + o_d, b_dn, mask=o_d < D)"
+_STATES = "before, _ = states(call)"
 
 MUTANTS = (
     _gradient(
@@ -154,5 +163,59 @@ MUTANTS = (
         story="dO·o reads the cotangent as if it were contiguous.",
         trigger=f"{_TRIGGER.replace(':contiguous', ':transposed')}:117",
         shows=(*NUMERIC, *FAULT, "nonfinite"),
+    ),
+    _gradient(
+        name="triton_mlstm_initial_state_has_no_gradient",
+        edits=((_START, "tl.store(p_dc0 + o_state, b_dc * 0.0, mask=m_de)"),),
+        story="The gradient of the initial C is 0.",
+        trigger=f"{_STARTED},cotangents=normal:contiguous:118",
+    ),
+    _gradient(
+        name="triton_mlstm_gradient_of_the_initial_state_without_the_first_chunk",
+        edits=((_STATE_GRADIENT, _STATE_GRADIENT.replace("b_decay", "tl.where(i_c == 0, 1.0, b_decay)")),),
+        story="The gradient of the initial C passes the first chunk without its decay.",
+        trigger=f"{_STARTED},return_state,cotangents=normal:contiguous:119",
+    ),
+    _gradient(
+        name="triton_mlstm_initial_normaliser_without_the_denominators",
+        edits=(
+            (
+                "+ tl.sum(b_w * b_delta[:, None], 0)",
+                "+ tl.where(i_c == 0, 0.0, tl.sum(b_w * b_delta[:, None], 0))",
+            ),
+        ),
+        bug="B54",
+        story="The gradient of the initial n lacks what denominators of the first chunk ask of it.",
+        trigger=f"{_STARTED},cotangents=normal:contiguous:120",
+    ),
+    _gradient(
+        name="triton_mlstm_cotangent_of_the_final_state_ignored",
+        edits=((_END, "b_dc = 0.0 * tl.load(p_dc1 + o_state"),),
+        story="What is asked of the final C reaches nothing.",
+        trigger=f"{_RETURNED},cotangents=normal:contiguous:121",
+    ),
+    _gradient(
+        name="triton_mlstm_cotangent_of_the_final_normaliser_ignored",
+        edits=((_END_N, f"{_END_N} * 0.0"),),
+        story="What is asked of the final n reaches nothing.",
+        trigger=f"{_RETURNED},cotangents=normal:contiguous:122",
+    ),
+    _gradient(
+        name="triton_mlstm_one_final_cotangent_for_all",
+        edits=((_END, f"{_END} - i_s * H * D * E"),),
+        story="Every packed sequence takes the cotangent of the first one's final C.",
+        trigger=f"{_RETURNED},cu_seqlens=7+0+13,cotangents=normal:contiguous:123",
+    ),
+    _gradient(
+        name="triton_mlstm_empty_sequences_hand_no_gradient_on",
+        edits=((_START_N, _START_N.replace("b_dn,", "tl.where(n_chunks > 0, b_dn, 0.0),")),),
+        story="A sequence without positions keeps the cotangent of its n from the initial one.",
+        trigger=f"{_STARTED},cu_seqlens=7+0+13,return_state,cotangents=normal:contiguous:124",
+    ),
+    _gradient(
+        name="triton_mlstm_backward_begins_without_the_initial_state",
+        edits=((_STATES, f"call.start = (None, None, None)\n    {_STATES}"),),
+        story="The backward pass computes the states between chunks again, from nothing.",
+        trigger=f"{_STARTED},cotangents=normal:contiguous:125",
     ),
 )

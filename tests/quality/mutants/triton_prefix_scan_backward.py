@@ -1,4 +1,4 @@
-"""Mutants of prefix attention's backward pass: suffix sums, Δ, the scale, slices and batch entries."""
+"""Mutants of prefix attention's backward pass: suffix sums, Δ, scale, slices, batch entries and states."""
 
 from __future__ import annotations
 
@@ -33,11 +33,22 @@ _SUFFIX = "b_sm, b_su, b_sw = block_scan(-b_m, tl.sum(b_do * b_o, 1), b_do, True
 _UNSCALED = f"""b_do = b_do * tl.exp(-b_m)[:, None]
         {_SUFFIX.replace("-b_m", "tl.where(m_n, 0.0, -INF)")}"""
 _OWN = "b_own = tl.exp(tl.minimum(b_s + b_sm, 0.0, propagate_nan=tl.PropagateNan.ALL))"
-_PARTS = "    parts = torch.empty((batch * blocks, heads, width)"
+_PARTS = "    parts = s.new_empty(batch * blocks, heads, width)"
 _THROUGH_THE_MAXIMUM = f"""\
     top = rows[0][:, :, :, None] == s[:, :, None, :]
     ds[0] -= ((do.float() * o).sum(-1)[..., None] * top).sum(2)
 {_PARTS}"""
+_SAVED = "ctx.save_for_backward(q, k, v, m, s, rows, exact)"
+_FROM_U = "tl.where(i_e == 0, -tl.load(p_du1 + i_bh + o_one), 0.0)"
+_THROUGH_THE_LEVEL = f"""\
+    inner = du + (dw * o[:, :, -1]).sum(-1)
+    ds[0] -= (inner * rows[1][:, :, -1])[..., None] * (s == rows[0][:, :, -1:])
+{_PARTS}"""
+
+_CARRIED = (
+    "prefix_scan:float32:normal:B2,H2,N20,D4,E5:initial_state,return_state,cotangents=normal:contiguous"
+)
+_WIDE = "prefix_scan:float32:normal:B1,H2,N4,D4,E40:initial_state,return_state,cotangents=normal:contiguous"
 
 MUTANTS = (
     _gradient(
@@ -131,7 +142,7 @@ MUTANTS = (
     ),
     _gradient(
         name="triton_prefix_cotangent_assumed_contiguous",
-        edits=(("*v.stride(), *do.stride(), batch", "*v.stride(), *o.stride(), batch"),),
+        edits=(("columns, *v.stride(), *do.stride()", "columns, *v.stride(), *o.stride()"),),
         bug="B56",
         story="The cotangent is read as if it were contiguous.",
         trigger=f"{_SHORT.replace(':contiguous', ':transposed')}:312",
@@ -141,8 +152,8 @@ MUTANTS = (
         name="triton_prefix_delta_of_the_rounded_output",
         edits=(
             (
-                "ctx.save_for_backward(q, k, v, s, rows, exact)",
-                "ctx.save_for_backward(q, k, v, s, rows, exact.to(v.dtype).float())",
+                _SAVED,
+                _SAVED.replace("exact", "exact.to(v.dtype).float()"),
             ),
         ),
         module="",
@@ -150,5 +161,85 @@ MUTANTS = (
         unseen="budgets let dO·o be formed of the stored output, as FlashAttention does",
         trigger="prefix_scan:bfloat16:one-sign-values:B1,H4,N130,D4,E8:cotangents=aligned:contiguous:313",
         accuracy_only=True,
+    ),
+    _gradient(
+        name="triton_prefix_final_values_have_no_cotangent",
+        edits=(
+            (
+                "b_cw = tl.load(p_dw1 + i_bh * E + o_e, mask=m_e, other=0.0)[None, :]",
+                "b_cw = tl.zeros([1, BE], dtype=tl.float32)",
+            ),
+        ),
+        bug="theory AAR-5",
+        story="The cotangent of the final w is ignored.",
+        trigger=f"{_CARRIED}:314",
+    ),
+    _gradient(
+        name="triton_prefix_final_sum_taken_for_a_normaliser",
+        edits=((_FROM_U, _FROM_U.replace("-tl.load", "tl.load")),),
+        base=PREFIX_SCAN_RECURRENT,
+        bug="theory AAR-5",
+        story="The cotangent of the final u has the sign that o, which is divided by u, would give it.",
+        trigger=f"{_CARRIED}:315",
+    ),
+    _gradient(
+        name="triton_prefix_final_sum_counted_by_every_slice",
+        edits=((_FROM_U, _FROM_U.replace("i_e == 0", "i_e >= 0")),),
+        base=PREFIX_SCAN_DOUBLING,
+        bug="B30",
+        story="Where values are wider than a tile, the cotangent of u counts once for each slice.",
+        trigger=f"{_WIDE}:316",
+    ),
+    _gradient(
+        name="triton_prefix_final_cotangents_in_the_first_maximums_units",
+        edits=(("p_m + i_bh * N + (N - 1) + o_one", "p_m + i_bh * N + o_one"),),
+        base=PREFIX_SCAN_SWEEPS,
+        bug="theory AAR-5",
+        story="Cotangents of the final state are scaled by e^−m of the first position.",
+        trigger=f"{_CARRIED}:317",
+    ),
+    _gradient(
+        name="triton_prefix_final_level_differentiated_as_a_maximum",
+        edits=((_PARTS, _THROUGH_THE_LEVEL),),
+        bug="theory AAR-5",
+        story="The key of the largest logit is charged with the final m by way of u and w.",
+        trigger=f"{_CARRIED}:318",
+    ),
+    _gradient(
+        name="triton_prefix_initial_sum_gradient_unscaled",
+        edits=(("i_bh + o_one, -b_cu * b_own)", "i_bh + o_one, -b_cu)"),),
+        base=PREFIX_SCAN_SWEEPS,
+        bug="theory AAR-5",
+        story="The gradient of the initial u lacks e^(m₀ − m).",
+        trigger=f"{_CARRIED}:319",
+    ),
+    _gradient(
+        name="triton_prefix_initial_sum_gradient_of_the_first_slice",
+        edits=(("column_sums(shares, level)", "column_sums(shares[:1], level)"),),
+        base=PREFIX_SCAN_RECURRENT,
+        bug="B30",
+        story="Where values are wider than a tile, the gradient of the initial u is the first slice's.",
+        trigger=f"{_WIDE}:320",
+    ),
+    _gradient(
+        name="triton_prefix_delta_without_the_initial_state",
+        edits=((_SAVED, _SAVED.replace("exact", "form(Call(q, k, v, scale, None, kept))[0]")),),
+        base=PREFIX_SCAN_DOUBLING,
+        module="",
+        bug="theory AAR-5",
+        story="Δ is formed from the outputs of this call's positions alone.",
+        trigger=f"{_CARRIED}:321",
+    ),
+    _gradient(
+        name="triton_prefix_no_gradient_without_positions",
+        edits=(
+            (
+                "*(dend if level is not None else (None, None))",
+                "*((x * 0.0 for x in dend) if level is not None else (None, None))",
+            ),
+        ),
+        bug="B47",
+        story="A call without positions hands the state on, and not its cotangents.",
+        trigger=f"{_CARRIED.replace('N20', 'N0')}:322",
     ),
 )
