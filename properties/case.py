@@ -171,6 +171,11 @@ class Case:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a positional tensor: float32 at least of gates where the case has ``wide_gates``."""
+        wide = self.option("wide_gates") and name in SIGNATURES[self.family].wide
+        return torch.promote_types(self.torch_dtype, torch.float32) if wide else self.torch_dtype
+
     @property
     def id(self) -> str:
         """The case as one line of text without spaces; :meth:`parse` is its inverse."""
@@ -263,10 +268,7 @@ def make_inputs(case: Case) -> Inputs:
             centre, deviation = form.parameters[name]
             values[name] = centre + deviation * draw.normal(name, *shape)
         full = np.broadcast_to(values.pop(name), shape)
-        dtype = case.torch_dtype
-        if case.option("wide_gates") and name in form.wide and dtype != torch.float64:
-            dtype = torch.float32
-        tensors[name] = lay_out(_stored(full, dtype), case.view, name)
+        tensors[name] = lay_out(_stored(full, case.dtype_of(name)), case.view, name)
     return Inputs(tensors, _keywords(case, draw, values), _cotangents(case, draw, tensors))
 
 

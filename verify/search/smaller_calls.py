@@ -80,7 +80,7 @@ def assembled(case: Case, tensors: Mapping[str, torch.Tensor], numbers: Mapping[
     form = SIGNATURES[case.family]
     wide = {*_FULL_PRECISION, *(f"{kind}{name}" for name in form.states for kind in ("initial_", "d"))}
     laid = {
-        name: lay_out(tensor if name in wide else tensor.to(case.torch_dtype), case.view, name)
+        name: lay_out(tensor if name in wide else tensor.to(case.dtype_of(name)), case.view, name)
         for name, tensor in tensors.items()
     }
     options: dict[str, Any] = dict(numbers)
