@@ -25,7 +25,7 @@ import torch
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, growth
 
 if TYPE_CHECKING:
-    from attnproof.properties.budgets.delta import Chunks
+    from attnproof.properties.budgets.delta_chunks import Chunks
     from attnproof.properties.budgets.rounding import Roundings
 
 __all__ = ["ChunkGradients"]

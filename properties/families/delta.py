@@ -18,20 +18,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure, V
-from attnproof.properties.arithmetic.enclosures import EPSILON, SLACK, Ball, EnclosureArithmetic
-from attnproof.properties.arithmetic.normwise import Adjoint, Recurrence, Stretch, growth
+from attnproof.properties.arithmetic.enclosures import Ball, EnclosureArithmetic
 from attnproof.properties.budgets.base import dtype_name
-from attnproof.properties.budgets.delta import DeltaErrors, DeltaLanes
+from attnproof.properties.budgets.delta import DeltaErrors
+from attnproof.properties.budgets.delta_chunks import DeltaLanes
 from attnproof.properties.budgets.propagation import Estimate
 from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.budgets.stored import sampled_budget, with_leaks
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.arguments import finite, number
 from attnproof.properties.families.base import Budget, Family, Problem, broadcast_mask
+from attnproof.properties.families.delta_steps import (
+    gradients,
+    joined,
+    norm_wise,
+    norm_wise_gradients,
+    steps_of,
+)
 from attnproof.properties.families.sequences import (
     Sequences,
     checked_gate,
@@ -170,9 +176,9 @@ class DeltaProblem(Problem):
         """o and the final states; with ``gauges`` also a lower bound of Σ_s |w_ts||v_s| of each."""
         lanes = self.lanes()
         if isinstance(arithmetic, EnclosureArithmetic):
-            found = cast("dict[str, V]", _norm_wise(lanes))
+            found = cast("dict[str, V]", norm_wise(lanes))
         else:
-            steps = _steps(arithmetic, lanes)
+            steps = steps_of(arithmetic, lanes)
             rows = [
                 arithmetic.scaled(
                     arithmetic.matmul(arithmetic.exact(lanes.q[:, t, None]), step.state), lanes.scale
@@ -180,7 +186,7 @@ class DeltaProblem(Problem):
                 for t, step in enumerate(steps)
             ]
             final = steps[-1].state if steps else arithmetic.exact(lanes.initial)
-            found = {"o": _joined(rows, arithmetic.exact(lanes.v[:, :0])), "state": final}
+            found = {"o": joined(rows, arithmetic.exact(lanes.v[:, :0])), "state": final}
         result = {"o": self._rows_of(found["o"])}
         if self.with_state:
             result["state"] = arithmetic.reshape(found["state"], self.shape("state"))
@@ -205,9 +211,9 @@ class DeltaProblem(Problem):
         lanes = self.lanes()
         do, last = self.cotangents(cotangents)
         if isinstance(arithmetic, EnclosureArithmetic):
-            found = cast("dict[str, V]", _norm_wise_gradients(lanes, do, last))
+            found = cast("dict[str, V]", norm_wise_gradients(lanes, do, last))
         else:
-            found = _gradients(arithmetic, lanes, do, last)
+            found = gradients(arithmetic, lanes, do, last)
         return self.in_place(arithmetic, found)
 
     def in_place(self, arithmetic: Arithmetic[V], found: Mapping[str, V]) -> dict[str, V]:
@@ -311,167 +317,9 @@ class DeltaProblem(Problem):
         return f"{text}, decay {float(gate.min()):.3g} to {float(gate.max()):.3g}"
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """What one step leaves for the adjoint: S', S_t, r and e^g in the arithmetic's values."""
-
-    decayed: Any
-    state: Any
-    read: Any
-    decay: Any
-
-
 def _each(x: Estimate, change: Any) -> Estimate:
     parts = {f.name: getattr(x, f.name) for f in fields(x)}
     return replace(x, **{n: change(p) for n, p in parts.items() if isinstance(p, torch.Tensor)})
-
-
-def _joined(parts: list[V], empty: V) -> V:
-    """Values (L, 1, X) of every step as (L, N, X), of an arithmetic whose values are arrays."""
-    if not parts:
-        return empty
-    return cast("V", np.concatenate(cast("list[Any]", parts), axis=1))
-
-
-def _steps(a: Arithmetic[V], x: DeltaLanes) -> list[_Step]:
-    """The recurrence, literally."""
-    state, steps = a.exact(x.initial), []
-    for t in range(x.k.shape[1]):
-        key, beta = a.exact(x.k[:, t, None]), a.exact(x.beta[:, t, None, None])
-        decay, decayed = None, state
-        if x.g is not None:
-            gate = x.gates[:, t, :, None]
-            decay = a.masked(a.exp(a.exact(finite(gate))), gate.isfinite())
-            decayed = a.mul(decay, state)
-        read = a.sub(a.exact(x.v[:, t, None]), a.matmul(key, decayed))
-        state = a.add(decayed, a.matmul(a.transpose(key), a.mul(beta, read)))
-        steps.append(_Step(decayed, state, read, decay))
-    return steps
-
-
-def _gradients(a: Arithmetic[V], x: DeltaLanes, do: torch.Tensor, last: torch.Tensor) -> dict[str, V]:
-    """The adjoint recurrence, literally."""
-    steps, ds = _steps(a, x), a.exact(last)
-    rows: dict[str, list[V]] = {name: [] for name in ("dq", "dk", "dv", "dbeta", "dg")}
-    for t in reversed(range(len(steps))):
-        step = steps[t]
-        key, beta = a.exact(x.k[:, t, None]), a.exact(x.beta[:, t, None, None])
-        query, cotangent = a.exact(x.q[:, t, None]), a.exact(do[:, t, None])
-        rows["dq"].append(a.scaled(a.matmul(cotangent, a.transpose(step.state)), x.scale))
-        ds = a.add(ds, a.scaled(a.matmul(a.transpose(query), cotangent), x.scale))
-        seen = a.matmul(key, ds)
-        rows["dbeta"].append(a.matmul(step.read, a.transpose(seen)))
-        written = a.mul(beta, seen)
-        rows["dv"].append(written)
-        by_read = a.mul(beta, a.matmul(step.read, a.transpose(ds)))
-        rows["dk"].append(a.sub(by_read, a.matmul(written, a.transpose(step.decayed))))
-        ds = a.sub(ds, a.matmul(a.transpose(key), written))
-        if x.g is not None:
-            product = a.transpose(a.sum(a.mul(step.decayed, ds)))
-            rows["dg"].append(product if x.wide else a.sum(product))
-            ds = a.mul(step.decay, ds)
-    sizes = {"dq": x.q, "dk": x.k, "dv": x.v, "dbeta": x.beta[..., None]}
-    if x.g is not None:
-        sizes["dg"] = x.gates
-    found = {n: _joined(rows[n][::-1], a.exact(like[:, :0])) for n, like in sizes.items()}
-    return {**found, "dinitial_state": ds}
-
-
-def _norm_wise(x: DeltaLanes) -> dict[str, Ball]:
-    """o and the final state by the float64 trajectory, with the norms of its errors for radii."""
-    run = Recurrence(x.k, x.v, x.beta, x.g, x.initial)
-    size = torch.linalg.vector_norm(x.q, dim=-1, keepdim=True) * SLACK
-    o, radius = torch.zeros_like(x.v), torch.zeros_like(x.v)
-    state, error = x.initial, torch.zeros_like(x.initial[:, 0])
-    for part in run.forward():
-        span = slice(part.start, part.stop)
-        o[:, span] = (x.q[:, span, None] @ part.states)[:, :, 0] * x.scale
-        own = part.error + growth(x.q.shape[-1] + 1) * part.norms
-        radius[:, span] = abs(x.scale) * size[:, span] * own
-        state, error = part.states[:, -1], part.error[:, -1]
-    radius = (radius + EPSILON * o.abs()) * SLACK + EPSILON**8
-    return {
-        "o": Ball(o, radius),
-        "state": Ball(state.clone(), error[:, None].expand_as(state).clone()),
-    }
-
-
-def _norm_wise_gradients(x: DeltaLanes, do: torch.Tensor, last: torch.Tensor) -> dict[str, Ball]:
-    """Gradients by the float64 trajectory and its adjoint, stretch by stretch."""
-    run = Recurrence(x.k, x.v, x.beta, x.g, x.initial)
-    shapes = {"dq": x.q, "dk": x.k, "dv": x.v, "dbeta": x.beta[..., None]}
-    if x.g is not None:
-        shapes["dg"] = x.gates
-    found = {n: Ball(torch.zeros_like(like), torch.zeros_like(like)) for n, like in shapes.items()}
-    adjoint = Ball(last, torch.zeros_like(last[:, 0]))
-    for part, back, earlier in run.backward(x.q * x.scale, do, last):
-        adjoint = earlier
-        span = slice(part.start, part.stop)
-        for name, (value, radius) in _stretch_gradients(x, do[:, span], part, back).items():
-            ball = found[name]
-            assert ball.radius is not None
-            ball.value[:, span] = value
-            ball.radius[:, span] = (radius + EPSILON * value.abs()) * SLACK + EPSILON**8
-    if x.g is not None:
-        kept = shapes["dg"].isfinite()
-        dg = found["dg"]
-        assert dg.radius is not None
-        found["dg"] = Ball(dg.value.where(kept, 0.0), dg.radius.where(kept, 0.0))
-    assert adjoint.radius is not None
-    radius = adjoint.radius[:, None].expand_as(adjoint.value)
-    return {**found, "dinitial_state": Ball(adjoint.value, radius)}
-
-
-def _stretch_gradients(
-    x: DeltaLanes, do: torch.Tensor, part: Stretch, back: Adjoint
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Values and radii (L, n, ·) of the gradients of some steps.
-
-    The error of an element of a column is at most the norm of the column's error.
-    """
-    span = slice(part.start, part.stop)
-    width, depth = x.v.shape[-1], x.k.shape[-1]
-    beta = x.beta[:, span, None]
-
-    def rows(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        """matrix (L, n, D, E) times vector (L, n, E)."""
-        return (matrix @ vector[..., None])[..., 0]
-
-    def paired(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Σ a b over the last axis, (L, n, 1)."""
-        return (a * b).sum(-1, keepdim=True)
-
-    total, states, decayed = back.total.abs(), part.states.abs(), part.decayed.abs()
-    gamma = growth(width + 3)
-    dv = beta * back.seen
-    dv_error = beta.abs() * back.seen_error + EPSILON * dv.abs()
-    found = {"dv": (dv, dv_error)}
-    dq = rows(part.states, do) * x.scale
-    dq_error = paired(part.error, do.abs()) + gamma * rows(states, do.abs())
-    found["dq"] = (dq, abs(x.scale) * dq_error)
-    size = part.read.abs() + part.read_error
-    dk = beta * rows(back.total, part.read) - rows(part.decayed, dv)
-    by_read = paired(back.total_error, size) + rows(total, part.read_error + gamma * size)
-    by_state = paired(part.decayed_error, dv.abs() + dv_error)
-    by_state = by_state + rows(decayed, dv_error + gamma * dv.abs())
-    found["dk"] = (dk, beta.abs() * by_read + by_state)
-    dbeta_error = paired(part.read_error, back.seen.abs()) + paired(size, back.seen_error)
-    dbeta_error = dbeta_error + gamma * paired(part.read.abs(), back.seen.abs())
-    found["dbeta"] = (paired(part.read, back.seen), dbeta_error)
-    if x.g is None:
-        return found
-    product = part.decayed * back.decayed
-    if x.wide:
-        error = rows(back.decayed.abs(), part.decayed_error)
-        error = error + rows(decayed, back.decayed_error)
-        error = error + paired(part.decayed_error, back.decayed_error) + gamma * product.abs().sum(-1)
-        found["dg"] = (product.sum(-1), error)
-        return found
-    before, after = (torch.linalg.vector_norm(y, dim=-2) for y in (part.decayed, back.decayed))
-    error = paired(part.decayed_error, after + back.decayed_error) + paired(before, back.decayed_error)
-    error = error + growth(width * depth + 3) * product.abs().sum((-2, -1))[..., None]
-    found["dg"] = (product.sum((-2, -1))[..., None], error * (1.0 + growth(depth)))
-    return found
 
 
 class DeltaFamily(Family):
