@@ -109,6 +109,20 @@ def gradients(session: nox.Session) -> None:
 
 
 @nox.session
+def growth(session: nox.Session) -> None:
+    """Errors of all forms with a state against the length; with ``-- --long`` at 65,536 positions."""
+    install(session, "activations")
+    session.run("python", "-m", "attnproof.growth", *session.posargs, env=SINGLE_THREADED)
+
+
+@nox.session
+def spills(session: nox.Session) -> None:
+    """Compile every form with a state for four targets, and name what spills; hours, if nothing is cached."""
+    install(session, "test")
+    session.run("python", "-m", "tests.quality.spills", *session.posargs, env=SINGLE_THREADED)
+
+
+@nox.session
 def dq(session: nox.Session) -> None:
     """Measure docs/dq.md again and write its tables and plots; with ``-- --check`` only compare."""
     install(session)

@@ -222,8 +222,8 @@ class MLSTMErrors:
         variance = variance + square * MEAN_SQUARE * (
             self.operand**2 + r.accumulate**2 * width + (state**2 * age if state > r.elementwise else 0.0)
         )
-        if r.operand_tiny > self.flush:
-            variance = variance + (e > 0) * torch.where(p == 0, 0.0, r.operand_tiny) ** 2 / 3.0
+        if self.operand:
+            variance = variance + ((e > 0) & (p != 0)).double() * (r.operand_tiny**2 / 3.0)
         return Weights(
             tile.start, tile.stop, tile.initial, e, p, k, v, ones, age, size, square, certain, core, exponent,
             variance, drift,
