@@ -137,6 +137,7 @@ _STATE_EVERY: tuple[_Kind, ...] = (
     (_state_sizes(2, 2, 130, 16, 32), "normal", "contiguous", {}),
     (_SEQUENCE, "normal", "transposed", {"cotangents": "normal"}),
     (_SEQUENCE, "normal", "contiguous", {"initial_state": True, "return_state": True}),
+    (_SEQUENCE, "subnormal-values", "contiguous", {"return_state": True}),
 )
 _STATE_ONCE: tuple[_Kind, ...] = (
     (_SEQUENCE, "strong-decay", "contiguous", {"gate": "channel", "cotangents": "normal"}),
@@ -146,6 +147,7 @@ _STATE_ONCE: tuple[_Kind, ...] = (
     (_SEQUENCE, "small-input-gates", "contiguous", {"cotangents": "ones"}),
     (_SEQUENCE, "neutral-state", "contiguous", {"initial_state": True, "cotangents": "normal"}),
     (_SEQUENCE, "exact-recall", "contiguous", {}),
+    (_state_sizes(2, 1, 0, 16, 16), "normal", "contiguous", {"initial_state": True, "return_state": True}),
     # Packed: what decays must belong to its own sequence.
     (
         _SEQUENCE,

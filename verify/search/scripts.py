@@ -16,7 +16,7 @@ import torch
 from attnproof import trials
 from attnproof.judge import prepare
 from attnproof.outcomes import CallRequest, Flooded, OutOfMemory, TimedOut
-from attnproof.properties.case import Case, Inputs
+from attnproof.properties.case import Case, Inputs, case_states
 from attnproof.protocol import raw_bytes
 from attnproof.search import script_parts as parts
 from attnproof.search.distortions import wrong_elements
@@ -224,9 +224,10 @@ class _Script:
             n for n, v in zip(request.names, request.arguments, strict=False) if isinstance(v, torch.Tensor)
         ]
         for name, value in request.keywords.items():
-            held = value if isinstance(value, tuple) else (value,)
-            if held and isinstance(held[0], torch.Tensor):
-                named += [name, name.replace("state", "z")][: len(held)]
+            if name == "initial_state" and value is not None:
+                named += [f"initial_{state}" for state in case_states(self.trial.case)]
+            elif isinstance(value, torch.Tensor):
+                named.append(name)
         return tuple(named)
 
     def _checks(self) -> list[str]:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnproof.healthy_prefix_scans import recurrent_rwkv4
 from attnproof.properties.case import Case
-from attnproof.properties.contract import Supports
+from attnproof.properties.contract import Supports, contract_of
 from attnproof.search.evidence import Evidence
 from attnproof.search.scripts import script, values_in_words
 from attnproof.search.shrinking import shrink
-from attnproof.targets import describe
+from attnproof.targets import Importable, describe
 from attnproof.trials import Subject
 from tests.verify.search.failing_kernels import RIGHT, CountingProbe, subject_of, written
 
@@ -198,6 +199,30 @@ def test_an_emulated_kernel_takes_a_gpu_or_the_emulator(folder: Path) -> None:
     assert "emulate('sm_90')" in source
     result = run(source, folder)
     assert result.returncode == 1, result
+
+
+HANDED = """
+from attnproof.healthy_prefix_scans import recurrent_rwkv4
+
+def rwkv4(*tensors, initial_state, **options):
+    a, b, p = initial_state
+    return recurrent_rwkv4(*tensors, initial_state=(a, 1.25 * b, p), **options)
+"""
+
+
+def test_a_state_of_several_parts_and_its_gradients_are_in_the_script(folder: Path) -> None:
+    (folder / "handed.py").write_text(HANDED)
+    contract = contract_of(recurrent_rwkv4)
+    assert contract is not None
+    probe = CountingProbe(Subject("rwkv4", Importable("handed:rwkv4"), contract, "cpu", gradients=True))
+    text = "rwkv4:float32:normal:B1,H2,N5:initial_state,return_state,cotangents=normal:contiguous:3"
+    evidence = Evidence(probe(Case.parse(text)))
+    source = script(evidence, probe.subject, ())
+    assert "'dinitial_b'" in source
+    wrong = run(source, folder)
+    assert (wrong.returncode, "b[0, 0]" in wrong.stdout) == (1, True), wrong
+    (folder / "handed.py").write_text(HANDED.replace("1.25 * b", "b"))
+    assert run(source, folder).returncode == 0
 
 
 def test_values_are_told_in_words(folder: Path) -> None:
