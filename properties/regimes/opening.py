@@ -137,7 +137,6 @@ _STATE_EVERY: tuple[_Kind, ...] = (
     (_state_sizes(2, 2, 130, 16, 32), "normal", "contiguous", {}),
     (_SEQUENCE, "normal", "transposed", {"cotangents": "normal"}),
     (_SEQUENCE, "normal", "contiguous", {"initial_state": True, "return_state": True}),
-    (_SEQUENCE, "subnormal-values", "contiguous", {"return_state": True}),
 )
 _STATE_ONCE: tuple[_Kind, ...] = (
     (_SEQUENCE, "strong-decay", "contiguous", {"gate": "channel", "cotangents": "normal"}),

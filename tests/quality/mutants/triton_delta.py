@@ -300,6 +300,7 @@ MUTANTS = (
         bug="B60",
         story="States and values of float16 inputs enter products as float16, which underflows.",
         trigger="delta:float16:subnormal-values:B1,H2,N40,D8,E8:return_state:contiguous:26",
+        unseen="operands may be float16 by the contract, and float16 underflows",
     ),
     _stepwise(
         name="triton_delta_state_in_the_inputs_dtype",
