@@ -152,7 +152,7 @@ _STATE_ONCE: tuple[_Kind, ...] = (
         _SEQUENCE,
         "normal",
         "contiguous",
-        {"gate": "channel", "cu_seqlens": (17, 0, 33, 20), "cotangents": "normal"},
+        {"gate": "channel", "cu_seqlens": (17, 0, 33, 20), "return_state": True, "cotangents": "normal"},
     ),
     (
         _SEQUENCE,
