@@ -146,7 +146,12 @@ _STATE_ONCE: tuple[_Kind, ...] = (
     (_SEQUENCE, "small-input-gates", "contiguous", {"cotangents": "ones"}),
     (_SEQUENCE, "neutral-state", "contiguous", {"initial_state": True, "cotangents": "normal"}),
     (_SEQUENCE, "exact-recall", "contiguous", {}),
-    (_state_sizes(2, 1, 0, 16, 16), "normal", "contiguous", {"initial_state": True, "return_state": True}),
+    (
+        _state_sizes(2, 1, 0, 16, 16),
+        "normal",
+        "contiguous",
+        {"initial_state": True, "return_state": True, "cotangents": "normal"},
+    ),
     # Packed: what decays must belong to its own sequence.
     (
         _SEQUENCE,
