@@ -162,7 +162,7 @@ def verify(
     cases = plan(
         family,
         dtypes=chosen.dtypes,
-        options=chosen.options,
+        options=subject.options,
         supports=chosen.supports,
         causal_alignment=chosen.causal_alignment,
         budget=examples,

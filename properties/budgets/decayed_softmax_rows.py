@@ -94,7 +94,7 @@ class Asked:
         centre = (row.p * w.drift).sum(-1, keepdim=True)
         drift = row.p * (w.drift - centre)
         # dO/N and its product with v, N as a kernel scales it.
-        high = dp_size * w.lift.clamp(min=1.0) >= r.largest / 2.0
+        high = dp_size * w.lift.clamp(min=1.0) >= _largest(r) / 2.0
         return cls(
             weighed=w,
             weights=row.p,
@@ -123,7 +123,7 @@ class Asked:
         unit = max(r.input, r.operand)
         products, size, certain = _products(r, dw, w.v, unit)
         zero = torch.zeros_like(du)
-        high = (size >= r.largest / 2.0) & (w.row.x > -torch.inf)
+        high = (size >= _largest(r) / 2.0) & (w.row.x > -torch.inf)
         return cls(
             weighed=w,
             weights=final.e,
@@ -144,6 +144,11 @@ class Asked:
             tiny=r.probabilities_tiny * torch.ones_like(zero),
             lost=w.lost | high.any(-1, keepdim=True),
         )
+
+
+def _largest(r: Roundings) -> float:
+    """The largest number of the accumulation and of stored dP."""
+    return min(r.largest, r.storage("dscores")[2])
 
 
 def _products(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnproof.properties.budgets.propagation import coincidence
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 
 __all__ = ["LOG2E", "LogitErrors"]
@@ -46,6 +47,9 @@ class LogitErrors:
         if not r.truncated:
             total = products.sum(-1).square()
             sums = r.accumulate**2 * MEAN_SQUARE * width * (square / 2.0 + total / 3.0)
+            # Equal products make partial sums whose roundings add up.
+            alike = coincidence(products, r.accumulate)[..., 0]
+            sums = sums + alike * (r.accumulate * width / 2.0 * products.sum(-1)).square() * MEAN_SQUARE
         variance = scale**2 * (sums + u * u * MEAN_SQUARE * square)
         variance = variance + MEAN_SQUARE * (2.0 * r.scores * s).square()
         high = torch.maximum(size, size * factor * LOG2E) >= r.largest / 2.0

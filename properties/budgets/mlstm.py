@@ -224,6 +224,8 @@ class MLSTMErrors:
         )
         if self.operand:
             variance = variance + ((e > 0) & (p != 0)).double() * (r.operand_tiny**2 / 3.0)
+        # exponentials below the smallest normal number are flushed to zero
+        variance = variance + torch.where(e < self.flush, p, torch.zeros_like(p)).square()
         return Weights(
             tile.start, tile.stop, tile.initial, e, p, k, v, ones, age, size, square, certain, core, exponent,
             variance, drift,
@@ -260,6 +262,8 @@ class MLSTMErrors:
             lost = r.operand_tiny * (
                 (1.0 + q1) * (seen @ v.abs()) + abs(problem.scale) * (w.e * k1) @ v.abs()
             )
+            # the decay may be v's in place of k's
+            lost = lost + r.operand_tiny * q1 * _largest(k1) * seen.sum(-1, keepdim=True)
             certain = certain + lost + self.flush * q1 * _largest(k1) * (seen @ v.abs())
             variance = variance + w.variance @ v.square()
             squares = squares + w.p.square() @ v.square()

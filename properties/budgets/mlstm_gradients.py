@@ -40,8 +40,10 @@ class _Cotangents:
         relative, relative_variance: of 1/N, common to a row.
         values_certain: of dO/N by underflow, or because e^{−m} is no number and 1/N zero.
         delta_certain, delta_variance: of δ, without what ``relative`` holds.
+        given: |dO|, or |dC'|, before it is divided by anything.
     """
 
+    given: torch.Tensor
     values: torch.Tensor
     values_certain: torch.Tensor
     delta: torch.Tensor
@@ -116,8 +118,14 @@ def _of_sequence(
         lost = _add_positions(errors, sums, {"o": cotangents["o"].double(), "state": dstate, "n": dn})
         _finish_gates(errors, sums)
     else:
-        # The final state is the initial one.
+        # The final state is the initial one. Of a neutral one e^m is 0, and so may be its gradient.
         sums.value |= {"dinitial_state": dstate, "dinitial_n": dn[..., None]}
+        if problem.initial is not None:
+            neutral = ~problem.initial.present[..., None, None]
+            for name in ("dinitial_state", "dinitial_n"):
+                size = sums.value[name].abs()
+                sums.certain[name] = torch.where(neutral, size, torch.zeros_like(size))
+                sums.variance[name] = sums.certain[name].square()
     # Every product and sum of a gradient may underflow.
     tiny = errors.r.accumulate_tiny * (problem.sizes[2] + 2)
     found: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -142,12 +150,12 @@ def _add_positions(errors: MLSTMErrors, sums: _Sums, cotangents: Mapping[str, to
         do = cotangents["o"][:, :, rows.first : rows.stop]
         found = _cotangents(errors, quotient, do)
         lost = lost | quotient.lost.any()
-        _add_rows(errors, sums, rows, weights, found)
+        lost = lost | _add_rows(errors, sums, rows, weights, found)
         blocks.append((rows.first, rows.stop, found))
     if bool(cotangents["state"].any() | cotangents["n"].any()):
         rows = errors.problem.final_rows(EnclosureArithmetic())
         given = _given_cotangents(errors, cotangents, errors.maximum_error(weights)[:, :, -1:])
-        _add_rows(errors, sums, rows, errors.weights(rows), given)
+        lost = lost | _add_rows(errors, sums, rows, errors.weights(rows), given)
     if errors.operand:
         _add_states(errors, sums, states, blocks, cotangents["state"])
     return lost
@@ -160,7 +168,8 @@ def _given_cotangents(
     values, delta = cotangents["state"], cotangents["n"][..., None]
     zero = torch.zeros_like(delta)
     common = zero + 16.0 * errors.r.elementwise**2
-    return _Cotangents(values, torch.zeros_like(values), delta, moved + zero, common, zero, zero)
+    given = torch.zeros_like(values)
+    return _Cotangents(values.abs(), values, given, delta, moved + zero, common, zero, zero)
 
 
 def _cotangents(errors: MLSTMErrors, quotient: Quotient, do: torch.Tensor) -> _Cotangents:
@@ -185,7 +194,7 @@ def _cotangents(errors: MLSTMErrors, quotient: Quotient, do: torch.Tensor) -> _C
     vanished = torch.where(do == 0, 0.0, vanished)
     certain = certain + errors.flush * (dot != 0) + torch.where(quotient.unbounded, delta.abs(), 0.0)
     return _Cotangents(
-        values, vanished, delta, quotient.relative, quotient.relative_variance, certain, variance
+        do.abs(), values, vanished, delta, quotient.relative, quotient.relative_variance, certain, variance
     )
 
 
@@ -246,10 +255,20 @@ class _Pairs:
 
 def _add_rows(
     errors: MLSTMErrors, sums: _Sums, rows: Rows[Ball], weights: list[Weights], c: _Cotangents
-) -> None:
-    """What a block of rows adds to every gradient; df still by log σ(f), and as its rows' sums only."""
+) -> torch.Tensor:
+    """What a block of rows adds to every gradient; df still by log σ(f), and as its rows' sums only.
+
+    Returns:
+        Whether dP or dS may be beyond the largest number of the format that they are stored in.
+    """
+    largest, beyond = errors.r.storage("dscores")[2], torch.zeros((), dtype=torch.bool)
     for w in weights:
         pairs = _Pairs.of(errors, w, c)
+        products = c.given @ w.values.abs().mT
+        # Scores are those of queries and keys; states are no operands of them.
+        scores = (pairs.seen > 0) & (rows.q is not None and not w.initial)
+        stored = torch.maximum(products, pairs.g.abs() + pairs.certain)
+        beyond = beyond | ((stored >= largest / 2.0) & scores).any()
         _add_scores(errors, sums, rows, w, c, pairs)
         _add_values(errors, sums, w, c, pairs)
         dd, p_moved, size = w.p * pairs.g, w.size * pairs.relative, pairs.g.abs()
@@ -267,6 +286,7 @@ def _add_rows(
             # All are rows of the last position.
             of_rows = [x.sum(2, keepdim=True) for x in of_rows]
         sums.add("df", rows.first, *of_rows)
+    return beyond
 
 
 def _add_scores(
@@ -278,6 +298,7 @@ def _add_scores(
     certain = factor * (g.abs() * pairs.rounded + pairs.certain * (1.0 + pairs.rounded))
     certain = certain + pairs.tiny * pairs.seen
     variance = factor.square() * (pairs.variance + g.square() * pairs.share)
+    variance = variance + torch.where(w.e < errors.flush, ds, torch.zeros_like(ds)).square()
     lost = factor * pairs.lost + pairs.least * pairs.seen
     if rows.q is not None:
         # what is common to a row does not average out over its columns

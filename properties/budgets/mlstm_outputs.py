@@ -104,7 +104,8 @@ def _of_states(errors: MLSTMErrors, weights: list[Weights]) -> dict[str, Estimat
             size, certain, variance = sums[name]
             seen = (e > 0).double()
             certain = certain + (k.abs().mT * e * relative) @ value.abs()
-            certain = certain + (r.operand_tiny + errors.flush) * ((1.0 + k.abs()).mT * seen) @ value.abs()
+            lost = ((1.0 + k.abs()).mT * seen) @ value.abs() + (k.abs().mT * seen).sum(-1, keepdim=True)
+            certain = certain + (r.operand_tiny + errors.flush) * lost
             unit = (operand**2 + r.accumulate**2 * min(length, CHUNK)) * MEAN_SQUARE
             variance = variance + (k.square().mT * e.square() * (drift + unit)) @ value.square()
             sums[name] = (size + (k.mT * e) @ value, certain, variance)

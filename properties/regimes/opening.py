@@ -176,7 +176,7 @@ _STATE_ONCE: tuple[_Kind, ...] = (
         _SEQUENCE,
         "normal",
         "contiguous",
-        {"gate": "channel", "wide_gates": True, "initial_state": True, "cotangents": "normal"},
+        {"gate": "channel", "wide_gates": True, "return_state": True, "cotangents": "normal"},
     ),
     (_SEQUENCE, "normal", "contiguous", {"gate": "channel", "return_state": True, "cotangents": "normal"}),
     *((_SEQUENCE, "normal", "contiguous", {"feature_map": m, "normalize": True}) for m in FEATURE_MAPS[:4]),

@@ -131,7 +131,7 @@ _SSD: _Kinds = (
         (_DUAL, "strong-decay", "contiguous", _NORMAL),
         (_DUAL, "slow-decay", "contiguous", {"return_state": True, **_NORMAL}),
         (_DUAL, "open-gates", "contiguous", _NORMAL),
-        (_DUAL, "normal", "contiguous", {"wide_gates": True, **_NORMAL}),
+        (_DUAL, "normal", "contiguous", {"wide_gates": True, "return_state": True, **_NORMAL}),
         (_DUAL, "infinite-decay", "contiguous", {"return_state": True, **_NORMAL}),
         (_grouped(2, 2, 1, 70, 16, 24), "normal", "transposed", {**_GIVEN, **_NORMAL}),
         (_DUAL, "no-steps", "contiguous", {"cotangents": "ones"}),

@@ -435,11 +435,24 @@ class _Planner:
             chosen = ("cotangents",) if "cotangents" in self.options and number % 2 == 0 else ()
             options = self._values(chosen, shape)
             cases.append(self._make(self._turn("first dtype", self.dtypes), shape, options=options))
+        if "initial_state" in self.options:
+            wide = self._complete({"B": 1, "H": 2, "N": self._rounded(70), **rest})
+            cases.insert(
+                1, self._make(self._turn("first dtype", self.dtypes), wide, options=self._carried(wide))
+            )
         if "causal" in self.options and SIGNATURES[self.family].attention:
             wide = {"B": 1, **rest, "M": self._rounded(8) + 5, "N": self._rounded(8)}
             options = self._values(("causal",), wide)
             cases.insert(1, self._make(self._turn("first dtype", self.dtypes), wide, options=options))
         return cases
+
+    def _carried(self, sizes: dict[str, int]) -> dict[str, Any]:
+        """States in and out of packed sequences, one of them empty, with gates in float32 and gradients."""
+        packed = (1, sizes["N"] - 30, 0, 29)
+        values = {"initial_state": True, "cu_seqlens": packed, "return_state": True, "wide_gates": True}
+        values |= {"gate": "channel", "cotangents": "normal"}
+        required = self._values((), sizes)
+        return {**required, **{name: value for name, value in values.items() if name in self.options}}
 
     def _turn(self, name: str, values: Sequence[T]) -> T:
         """The next of ``values``, in turn, for the purpose ``name``."""

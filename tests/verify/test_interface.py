@@ -106,6 +106,34 @@ def test_verify_judges_a_plan() -> None:
     assert result.failures == ()
 
 
+class Doubled(torch.autograd.Function):
+    """The identity, whose gradient is twice what it should be."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, dx: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return 2.0 * dx
+
+
+def test_verify_asks_for_gradients_too() -> None:
+    """A kernel that is wrong in nothing but dq."""
+
+    def doubled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> torch.Tensor:
+        return attention(Doubled.apply(q), k, v, scale=scale)
+
+    def verdict(**declared: object) -> attnproof.VerifyResult:
+        return attnproof.verify(doubled, "softmax", dtypes=["float32"], device="cpu", examples=16, jobs=1,
+                                unseen_nonfinite="may-leak", **declared)  # type: ignore[arg-type]  # fmt: skip
+
+    found = verdict()
+    assert found.verdict == "FAIL"
+    assert {failure.output for failure in found.failures} == {"dq"}
+    assert verdict(differentiable=False).verdict == "PASS"
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
