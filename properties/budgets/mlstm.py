@@ -272,6 +272,9 @@ class MLSTMErrors:
         certain = certain + (r.operand_tiny + r.accumulate_tiny * (places + 1.0)) * q1
         terms = (places + 1.0).clamp(max=float(CHUNK))
         variance = variance + r.accumulate**2 * terms * (squares / 2.0 + total.square() / 3.0) * MEAN_SQUARE
+        # subnormal products: of keys and values in every step of a state that q reads, or of P and v
+        steps = (places + 1.0) * (1.0 + q1.square()) + float(problem.sizes[3])
+        variance = variance + steps * (r.accumulate_tiny**2 / 3.0)
         # decays err alike for all positions before them
         age = aged / mass.clamp(min=1e-300)
         variance = variance + total.square() * (r.elementwise**2 * age)

@@ -13,6 +13,7 @@ Where |Σ P| is within its error of e^{−m}, δ may be there or not: the certai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -262,6 +263,7 @@ def _add_rows(
         Whether dP or dS may be beyond the largest number of the format that they are stored in.
     """
     largest, beyond = errors.r.storage("dscores")[2], torch.zeros((), dtype=torch.bool)
+    wide = math.sqrt(12.0 * sum(errors.problem.sizes[3:]))
     for w in weights:
         pairs = _Pairs.of(errors, w, c)
         products = c.given @ w.values.abs().mT
@@ -277,7 +279,8 @@ def _add_rows(
             w.p.abs() * pairs.certain + p_moved * (size + pairs.certain) + pairs.tiny * pairs.seen,
             w.p.square() * (pairs.variance + pairs.alike + pairs.g.square() * pairs.share)
             + w.variance * pairs.g.square(),
-            w.p.abs() * pairs.lost + pairs.least * pairs.seen,
+            # also as Σ q∘dq or Σ v∘dv, over the widths
+            w.p.abs() * pairs.lost + pairs.least * wide * pairs.seen,
         )
         if not w.initial:
             sums.add("di", w.start, *(x.sum(2)[..., None] for x in tables))
