@@ -69,7 +69,10 @@ def test_a_selective_scan_with_equal_rates_is_ssd() -> None:
 
 
 def test_mambas_theorem_1_holds_under_zero_order_hold_and_not_as_shipped() -> None:
-    """N = 1, A = −1, B = C = 1, Δ = softplus(z): h_t = (1 − g) h_{t−1} + g x_t, g = σ(z) (theory MAM-2)."""
+    """N = 1, A = −1, B = C = 1, Δ = softplus(z): h_t = (1 − g) h_{t−1} + g x_t, g = σ(z) (theory MAM-2).
+
+    With f = 1 − g that is HGRN (theory 6.2, 27): the selective scan computes it, channel by channel.
+    """
     x, z = dyadic(14, B, H, N), dyadic(15, B, H, N)
     one = torch.ones(B, 1, N).double()
     call = (x, z, -torch.ones(H, 1).double(), one, one, None)
@@ -94,6 +97,32 @@ def test_h3_with_an_identity_shift_and_an_accumulator_is_linear_attention() -> N
     theirs = balls("linear", (q, k, v), {"o": do}, feature_map="identity", normalize=False)
     for name in ("o", "dq", "dk", "dv"):
         same(ours[name], theirs[name])
+
+
+def test_gated_slot_attention_is_gated_linear_attention_twice() -> None:
+    """Theory 6.2 (15): once with every slot as a head, whose states are its keys, and once over the slots."""
+    slots, size = 4, (B, H, N)
+    q, k, v = dyadic(40, *size, D), dyadic(41, *size, D), dyadic(42, *size, E)
+    s, g = dyadic(43, *size, slots), -dyadic(44, *size, slots).abs()
+    # Slot m of head h is head h·slots + m, with keys of width 1 that are its s, and values that are k.
+    wide = (B, H * slots, N)
+    alone = s.permute(0, 1, 3, 2).reshape(*wide, 1)
+    gates = g.permute(0, 1, 3, 2).reshape(wide)
+    held = balls(
+        "gated_linear",
+        (torch.ones_like(alone), alone, k.repeat_interleave(slots, 1), gates),
+        scale=1.0,
+    )["o"].value.reshape(B, H, slots, N, D)
+    p = torch.softmax((held * q[:, :, None]).sum(-1).mT, -1)
+    read = balls("gated_linear", (p, s, v, g), scale=1.0)["o"].value
+    keys, values, rows = torch.zeros(B, H, D, slots).double(), torch.zeros(B, H, slots, E).double(), []
+    for t in range(N):
+        decay = torch.exp(g[:, :, t])
+        keys = keys * decay[:, :, None] + k[:, :, t, :, None] * s[:, :, t, None]
+        values = values * decay[..., None] + s[:, :, t, :, None] * v[:, :, t, None]
+        weights = torch.softmax((q[:, :, t, None] @ keys)[:, :, 0], -1)
+        rows.append((weights[:, :, None] @ values)[:, :, 0])
+    assert float((read - torch.stack(rows, 2)).abs().max()) < 1e-12
 
 
 def test_a_state_space_of_one_head_is_retention_without_queries() -> None:
