@@ -156,6 +156,11 @@ class Propagation(Arithmetic[Estimate]):
         certain = certain + torch.where(total == 0, 0.0, tiny)
         square = a.value.square() @ b.value.square()
         variance = (ua * ua + ub * ub) * MEAN_SQUARE * square + (r.accumulate_tiny**2 * terms) * (total > 0)
+        # What an operand loses that is subnormal in the format it is rounded to.
+        if ua:
+            variance = variance + (a.value != 0).double() @ b.value.square() * (r.operand_tiny**2 / 3.0)
+        if ub:
+            variance = variance + a.value.square() @ (b.value != 0).double() * (r.operand_tiny**2 / 3.0)
         if a.variance is not None:
             variance = variance + a.variance @ b.value.square()
         if b.variance is not None:
