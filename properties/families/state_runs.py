@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +40,8 @@ _POWER: dict[Kind, int] = {
 _CHANGE: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (torch.clone, torch.abs, torch.square)
 # A relative increase of every decay from whose effect the number of positions crossed is read off.
 _NUDGE = 1e-7
+# How many times the variance of a term's own roundings is in the budget of a gradient in any case.
+_OWN = 16.0
 # Outweighs the roundings of sums of up to 2²⁰ numbers ≥ 0 in float64, and of their decays.
 _LOWER = 1.0 - 2.0**-30
 
@@ -160,12 +162,38 @@ class StateRuns:
             name: estimate(_runs(kinds), errors, self.r, tiny[name], lean[name])
             for name, kinds in found.items()
         }
+        for name, x in self._inherited(asked, errors).items():
+            result[name] = replace(result[name], variance=result[name].spread + x)
         if any(do.lost is not None and bool(do.lost.any()) for _, do, _ in asked):
             for name, known in result.items():
                 result[name] = replace(known, lost=torch.ones_like(known.value, dtype=torch.bool))
         if "g" in p.given:
             result["dg"] = wider(result["dg"], self.closed_form(result, cotangents))
         return result
+
+    def _inherited(
+        self, asked: Sequence[tuple[AdditiveStateProblem, Estimate, torch.Tensor]], errors: StepErrors
+    ) -> dict[str, torch.Tensor]:
+        """Variances of gradients by cotangents that err by more than the roundings of a term.
+
+        Those of a row were divided by one normaliser, which errs by much where its terms cancel: its error is
+        that of all values of the row, and adds up over them.
+        """
+        spreads, parts = [], []
+        for _, do, _ in asked:
+            own = _OWN * errors.fixed * do.value.square()
+            spread = (do.spread - own).clamp(min=0.0) * float(self.problem.v.shape[3])
+            spreads.append(spread if do.lost is None else spread.masked_fill(do.lost, 0.0))
+        if not any(bool(spread.any()) for spread in spreads):
+            return {}
+        for part in self.problem.parts():
+            pieces = []
+            for (problem, _, dfinal), spread in zip(asked, spreads, strict=True):
+                blocks = replace(self, problem=problem).blocks(part, "squares", errors)
+                final = torch.zeros_like(problem.states_of(part, dfinal))
+                pieces.append(blocks.gradients(problem.cut(part, spread), final))
+            parts.append(pieces)
+        return self._problem("squares").gathered(Float64(), parts, _POWER["squares"])
 
     def _underflow(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What operands, weights and exponentials lose where they are subnormal or flushed: o, and states.
