@@ -122,7 +122,7 @@ def gradient_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile
     area = 1024 if dtype == torch.float16 else 2048
     block_d = min(padded_width(width), max(ROWS.value, area // block_e))
     by_row = dtype == torch.float32 or (dtype == torch.float16 and block_e > 64)
-    warps = 8 if block_e > (32 if dtype == torch.float32 else 64) else 4
+    warps = 8 if block_e > (16 if dtype == torch.float32 else 64) else 4
     return ChunkTile(block_d, block_e, warps, by_row)
 
 
