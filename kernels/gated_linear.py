@@ -121,6 +121,9 @@ def gradient_tile(dtype: torch.dtype, width: int, value_width: int) -> ChunkTile
     block_e = padded_width(value_width)
     area = 1024 if dtype == torch.float16 else 2048
     block_d = min(padded_width(width), max(ROWS.value, area // block_e))
+    # at 32 value channels the area would hold more key channels than registers do
+    if dtype != torch.float32 and block_e == 32:
+        block_d = ROWS.value
     by_row = dtype == torch.float32 or (dtype == torch.float16 and block_e > 64)
     warps = 8 if block_e > (16 if dtype == torch.float32 else 64) else 4
     return ChunkTile(block_d, block_e, warps, by_row)
