@@ -50,10 +50,9 @@ from attnproof.kernels.states import register_limit, sequence_bounds
 
 __all__ = ["gradients"]
 
-# As of selective_scan_associative: a backward pass holds some ten such tiles at a time. States wider than 64
-# take fewer numbers, without which sm_100 spills 16 bytes; measured by compiling, as tests/quality/spills.py.
-AREA, AREA_OF_WIDE = 2048, 1024
-WIDE = 64
+# As of selective_scan_associative, but a backward pass holds some ten such tiles at a time: of 2048 numbers
+# sm_90 and sm_100 spill 8 to 40 bytes; measured by compiling, as tests/quality/spills.py.
+AREA = 1024
 POSITIONS = 32
 WARPS = 8
 
@@ -213,7 +212,7 @@ def gradients(
     heads, width = x.A.shape
     batch, _, length = x.u.shape
     device = x.u.device
-    tile = scan_tile(heads, width, POSITIONS, AREA if width <= WIDE else AREA_OF_WIDE)
+    tile = scan_tile(heads, width, POSITIONS, AREA)
     blocks = triton.cdiv(heads, tile.channels)
     chunks = x.sequences.chunks(tile.positions)
 

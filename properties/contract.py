@@ -36,8 +36,9 @@ class Precision:
 
     Attributes:
         matmul_input: storage of matmul operands: a dtype, "tf32", or "ieee" (the operands as they are).
-        accumulate: accumulation of sums and matmuls: a dtype, or "truncated" for float32 accumulation that
-            aligns and truncates as tensor cores do.
+        accumulate: accumulation of sums and matmuls: a dtype; "truncated" for float32 accumulation that
+            aligns and truncates as tensor cores do; "tensor-cores" for that of a GPU, which is truncated for
+            operands that its matrix units take (16 bits and tf32) and float32 or wider for others.
         scores: storage of scores before the softmax.
         exp_ulp: error of exp, exp2 and log in units in the last place, the argument's own rounding not
             included.
@@ -63,7 +64,7 @@ class Precision:
             ("scores", "probabilities", "dscores", "lse", "state", "output"), _STORAGE
         )
         allowed["matmul_input"] = ("ieee", *_STORAGE)
-        allowed["accumulate"] = ("truncated", "float64", "float32", "bfloat16", "float16")
+        allowed["accumulate"] = ("truncated", "tensor-cores", "float64", "float32", "bfloat16", "float16")
         for name, choices in allowed.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -91,9 +92,11 @@ class Precision:
             "output": dtype,
         }
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Precision(
-            **{name: defaults[name] if value is None else value for name, value in given.items()}
-        )
+        found = {name: defaults[name] if value is None else value for name, value in given.items()}
+        if found["accumulate"] == "tensor-cores":
+            matrix = found["matmul_input"] in ("float16", "bfloat16", "tf32")
+            found["accumulate"] = "truncated" if matrix else wide
+        return Precision(**found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,19 @@ class Contract:
                 known = ", ".join((*(n for n in hints if n not in ("family", "supports")), *_SUPPORTS))
                 raise ContractError(f"declare {key!r}: no such declaration; the contract has {known}")
         return dataclasses.replace(self, **changed)
+
+    def on(self, device: str) -> Contract:
+        """What the contract means on ``device`` ("cpu", "emulator:sm_90", "cuda:0", …).
+
+        A GPU's matrix units align and truncate what they sum (theory.md HW-3; measured on an H100 by
+        tests/kernels/test_hardware.py), whoever wrote the kernel: unless the contract says how sums are
+        accumulated, that is allowed there.
+        """
+        if not device.startswith("cuda") or self.precision.accumulate is not None:
+            return self
+        return dataclasses.replace(
+            self, precision=dataclasses.replace(self.precision, accumulate="tensor-cores")
+        )
 
 
 def promises(contract: Contract) -> Callable[[F], F]:

@@ -318,7 +318,7 @@ def kernel_started(subject: Subject, planned: int) -> KernelStarted:
         target=target,
         family=subject.contract.family,
         device=subject.device,
-        contract=asdict(subject.contract),
+        contract=asdict(subject.judged_by),
         example=subject.example,
         planned=planned,
     )

@@ -78,6 +78,11 @@ class Subject:
         return self.gradients is not False and self.contract.differentiable is not False
 
     @property
+    def judged_by(self) -> Contract:
+        """The contract as it is meant on the subject's device."""
+        return self.contract.on(self.device)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The options that cases for it may have: those of its contract, and those that are no keyword."""
         known = SIGNATURES[self.contract.family].options
@@ -162,7 +167,7 @@ def judge_call(
     outcome: Outcome | None = None
     outputs: dict[str, torch.Tensor] = {}
     try:
-        trial = prepare(case, subject.contract, inputs)
+        trial = prepare(case, subject.judged_by, inputs)
         outcome = call(request_for(subject, trial, repeat))
         judgement, outputs, trial = _judge_outcome(subject, trial, outcome)
         if isinstance(outcome, Returned) and outcome.seconds:

@@ -17,7 +17,7 @@ import torch
 from attnproof.properties.budgets.decayed_softmax import RowErrors
 from attnproof.properties.budgets.decayed_softmax_rows import Asked, InitialPairs, Pairs
 from attnproof.properties.budgets.decayed_softmax_states import FinalWeights
-from attnproof.properties.budgets.propagation import Estimate
+from attnproof.properties.budgets.propagation import Estimate, equal_terms
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
 from attnproof.properties.contract import Contract
 
@@ -55,12 +55,10 @@ class _Sum:
     def add_alike(self, alike: torch.Tensor, total: torch.Tensor, r: Roundings) -> None:
         """Sums to ``total`` of equal terms, where ``alike`` (bool (B, H)) says that rows ask the same.
 
-        Adding one number to partial sums of one binade rounds alike each time. Of n equal terms of sum S half
-        fall into the last binade, where each errs by up to u S; n is what the terms have of S² over the sum
-        of their squares.
+        Their number is what they have of the square of their sum over the sum of their squares.
         """
         count = self.size.square() / self.squares.clamp(min=1e-300)
-        together = MEAN_SQUARE * (r.accumulate * total * count / 2.0).square()
+        together = equal_terms(count, total, r)
         self.variance += torch.where(alike[:, :, None, None], together, 0.0)
 
     def estimate(self, terms: float, r: Roundings) -> Estimate:

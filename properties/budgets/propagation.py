@@ -19,7 +19,15 @@ import torch
 from attnproof.properties.arithmetic.base import Arithmetic, Enclosure
 from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth, half_spacing
 
-__all__ = ["Estimate", "Propagation", "ScaledOperands", "coincidence", "wider"]
+__all__ = [
+    "Estimate",
+    "Propagation",
+    "ScaledOperands",
+    "alike_terms",
+    "coincidence",
+    "equal_terms",
+    "wider",
+]
 
 # A healthy kernel's decision at a kink is taken to be open within this many standard deviations of it: few
 # cases in 10⁹ are decided otherwise.
@@ -166,6 +174,8 @@ class Propagation(Arithmetic[Estimate]):
         if b.variance is not None:
             variance = variance + a.value.square() @ b.variance
         variance = variance + self._summation(terms, square, _partial(a.value, b.value, value), total)
+        alike = alike_terms(a.value, -1) & alike_terms(b.value, -2)
+        variance = variance + alike * equal_terms(terms, value, r)
         for side, held, coarse in ((a.value, a.unit, ua), (b.value.mT, b.unit, ub)):
             rounded = max(held or 0.0, coarse)
             if held != 0.0 and rounded > _FINE:
@@ -218,6 +228,7 @@ class Propagation(Arithmetic[Estimate]):
         even = a.value[..., ::2].sum(-1, keepdim=True)
         partial = torch.maximum(value.abs(), torch.maximum(even.abs(), (value - even).abs()))
         variance = variance + torch.where(terms > 1, self._summation(terms, square, partial, total), 0.0)
+        variance = variance + alike_terms(a.value, -1) * equal_terms(terms, value, self.r)
         lost = total >= self.r.largest / 2.0
         if a.lost is not None:
             lost = lost | a.lost.any(-1, keepdim=True)
@@ -407,6 +418,26 @@ def coincidence(x: torch.Tensor, unit: float) -> torch.Tensor:
     low = torch.searchsorted(ordered, ordered - unit / 4.0, right=False)
     near = mass.gather(-1, high) - mass.gather(-1, low)
     return (share * (near - share)).sum(-1, keepdim=True).clamp(min=0.0)
+
+
+def alike_terms(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Where all numbers but zeros along ``axis``, which is kept, are one: as near as sums can tell."""
+    if not x.shape[axis]:
+        return torch.zeros_like(x.sum(axis, keepdim=True), dtype=torch.bool)
+    high = torch.where(x == 0, -torch.inf, x).amax(axis, keepdim=True)
+    low = torch.where(x == 0, torch.inf, x).amin(axis, keepdim=True)
+    return high - low <= _FINE * torch.maximum(high.abs(), low.abs())
+
+
+def equal_terms(n: torch.Tensor, total: torch.Tensor, r: Roundings) -> torch.Tensor:
+    """Variance of the rounding of n equal terms that are added one by one, in no random order.
+
+    Adding one number to partial sums of one binade rounds alike each time; half of the terms fall into the
+    last binade, where each errs by up to u times the total. Sums that truncate do so anyway.
+    """
+    if r.truncated:
+        return torch.zeros_like(total)
+    return MEAN_SQUARE * (r.accumulate * total * n / 2.0).square()
 
 
 def _partial(a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ import torch
 
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.budgets.base import ASKED, Budget, broadcast_mask, dtype_name
+from attnproof.properties.budgets.propagation import alike_terms, equal_terms
 from attnproof.properties.budgets.rounding import LARGEST, MEAN_SQUARE, Roundings, growth, half_spacing
 from attnproof.properties.budgets.rows import (
     Row,
@@ -398,6 +399,9 @@ def _probable_output(
         # The normaliser's own sum, of positive terms, is Σ T_k² ≈ n/3 with T_n = 1.
         sums = _summation_variance(n, squares, o) + n / 3.0 * MEAN_SQUARE * o.square()
         variance = variance + r.accumulate**2 * sums
+        # Equal weights of equal values.
+        alike = alike_terms(p, -1) & alike_terms(v, -2)
+        variance = variance + alike * equal_terms(n, o, r)
     variance = variance + (3.0 * r.elementwise * o).square() / 3.0
     variance = variance + half_spacing(o, r.output, r.output_tiny).square() / 3.0
     return (variance + n * r.accumulate_tiny**2 / 3.0).sqrt()

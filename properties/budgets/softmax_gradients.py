@@ -133,6 +133,8 @@ def _weights(w: Weighing, r: Roundings) -> tuple[Estimate, torch.Tensor]:
     certain = torch.where(row.x > -torch.inf, certain + r.probabilities_tiny, 0.0)
     lost = (row.log_p + error > 80.0) & (row.x > -torch.inf)
     variance = row.p.square() * w.variance + upheaved_weights(row, w.variance)
+    # Hardware exponentials flush subnormal results to zero.
+    variance = variance + torch.where(row.p < r.probabilities_tiny, row.p.square(), 0.0)
     common = (row.p.square() * w.variance).sum(-1, keepdim=True)
     common = common + ((2.0 * r.elementwise + r.lse) * size).square() / 3.0
     common = common + row.count / 3.0 * MEAN_SQUARE * r.accumulate**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -263,6 +264,24 @@ def test_functions_are_within_two_ulp(op: str, f: Any) -> None:
         unary_kernel[(1,)](x, out, op, 256)
     exact = f(x.double())
     assert ((out.double() - exact).abs() <= 2 * 2.0**-23 * exact.abs() + 1e-7 * (op in ("sin", "cos"))).all()
+
+
+@pytest.mark.parametrize(("target", "flushed"), [("sm_80", True), ("sm_90", True), ("gfx942", False)])
+def test_exp2_flushes_on_cuda_and_exp_does_not(target: str, flushed: bool) -> None:
+    # As Triton 3.6 and 3.9 compile them: ex2.approx.ftz.f32 and ex2.approx.f32. An H100 returned the former's
+    # zeros for weights of an attention whose exact values are 2^-127.
+    x = torch.tensor([-126.0, -126.5, -140.0, -float("inf"), float("nan"), 3.0, 0.0, 0.0])
+    natural = x * math.log(2.0)
+    got, kept = torch.empty_like(x), torch.empty_like(x)
+    with emulate(target):
+        unary_kernel[(1,)](x, got, "exp2", 8)
+        unary_kernel[(1,)](natural, kept, "exp", 8)
+    assert got[0] == 2.0**-126
+    assert got[3] == 0.0
+    assert got[4].isnan()
+    assert got[5] == 8.0
+    assert (got[1:3] == 0.0).all() == flushed
+    assert (kept[1:3] > 0.0).all()
 
 
 def test_fma_rounds_once() -> None:

@@ -1,4 +1,7 @@
-"""Shared by the kernels' tests: a cache of their own for Triton, one torch thread, reproducible inputs."""
+"""Shared by the kernels' tests: a cache of their own for Triton, one torch thread, reproducible inputs.
+
+With ATTNPROOF_DEVICE=cuda (nox session ``gpu``) kernels run on the GPU: tensors are made there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,22 @@ import pytest
 import torch
 
 from attnproof.emulator import emulate
+from tests.kernels.native import NATIVE
+
+if NATIVE:
+    # Before the tests' modules make the tensors of their parameters.
+    torch.set_default_device("cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if NATIVE:
+        # Of torch's own threads, where a backward pass is the first to ask cuBLAS.
+        config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if NATIVE and item.get_closest_marker("emulator"):
+        pytest.skip("needs the emulator")
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +45,9 @@ def _quiet_torch() -> Iterator[None]:
 
 @pytest.fixture
 def emulated() -> Iterator[None]:
-    """Kernels run in the emulator, as on an H100; fresh outputs hold NaN until they are written.
-
-    With ATTNPROOF_DEVICE=cuda (nox session ``gpu``) they run on the GPU instead: tensors are made there.
-    """
-    if os.environ.get("ATTNPROOF_DEVICE") == "cuda":
-        with torch.device("cuda"):
-            yield
+    """Kernels run in the emulator, as on an H100; fresh outputs hold NaN until they are written."""
+    if NATIVE:
+        yield
         return
     with emulate("sm_90"):
         yield

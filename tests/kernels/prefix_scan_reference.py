@@ -20,6 +20,7 @@ from attnproof.properties.contract import Contract
 from attnproof.properties.families.base import Family, Problem
 from attnproof.properties.families.gradients import GradientProblem
 from attnproof.properties.oracle import evaluate
+from tests.kernels.native import DEVICE
 
 State = tuple[Tensor, Tensor, Tensor]
 # Of the loops in float64, relative to a budget.
@@ -137,8 +138,9 @@ def assert_within(
     problem: Problem, contract: Contract, got: Mapping[str, Tensor], loop: Mapping[str, Tensor]
 ) -> dict[str, Enclosure]:
     """Every output as near to its enclosure as budgets allow, and what the loop found inside it."""
-    reference = evaluate(problem, EnclosureArithmetic(), gauges=True)
-    budgets = problem.budgets(reference, contract)
+    with torch.device("cpu"):
+        reference = evaluate(problem, EnclosureArithmetic(), gauges=True)
+        budgets = problem.budgets(reference, contract.on(DEVICE))
     for name, found in got.items():
         budget, exact = budgets[name], reference[name]
         assert not budget.open.any(), name
@@ -165,7 +167,8 @@ def judge_outputs(
 ) -> None:
     """o and the final state of ``entry``."""
     given = {name: on_host(x) for name, x in options.items()}
-    problem = family.problem(*map(on_host, tensors), return_state=True, **given)
+    with torch.device("cpu"):
+        problem = family.problem(*map(on_host, tensors), return_state=True, **given)
     outputs = entry(*tensors, return_state=True, **options)
     assert_within(problem, contract, dict(zip(problem.outputs, outputs, strict=True)), {})
 
@@ -187,7 +190,8 @@ def judge(
     exact_leaves = [x.detach().double().requires_grad_() for x in tensors]
     exact = loop(*exact_leaves, **options)
     gradients = torch.autograd.grad(exact, exact_leaves, cotangent.double())
-    problem = family.problem(*map(on_host, tensors), **options)
+    with torch.device("cpu"):
+        problem = family.problem(*map(on_host, tensors), **options)
     forward = assert_within(problem, contract, {"o": o}, {"o": exact.detach()})
     names = [f"d{name}" for name in family.inputs]
     assert_within(

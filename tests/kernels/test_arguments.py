@@ -33,7 +33,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"q": torch.randn(1, 2, 37, 0), "k": torch.randn(1, 2, 53, 0)}, "width D is 0"),
     ({"v": torch.zeros(1, 2, 53, 16, dtype=torch.int32)}, "v has dtype torch.int32"),
     ({"v": [1.0]}, "v is a list"),
-    ({"k": torch.randn(1, 2, 53, 16, device="meta")}, "k is on meta while q is on cpu"),
+    ({"k": torch.randn(1, 2, 53, 16, device="meta")}, "k is on meta while q is on"),
     ({"scale": math.nan}, "scale=nan: expected a finite Python number"),
     ({"softcap": 0.0}, "softcap=0.0: expected a finite number above 0"),
     ({"softcap": -1.0}, "softcap=-1.0"),

@@ -231,6 +231,7 @@ def test_statistics_of_a_ramp() -> None:
     assert abs(normal_q[0, 0, 0, 0].item() + (n - 1) / 2 / s) <= limit[0]
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target: str) -> None:
     with emulate(target):
@@ -265,6 +266,7 @@ def test_arguments() -> None:
         attention(q, k, v, scale=0.3, eps=1e-5, variance=1)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_without_spills(dtype: torch.dtype, target: str) -> None:

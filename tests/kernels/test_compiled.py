@@ -23,6 +23,8 @@ from attnproof.kernels.softmax import attention, attention_atomic, attention_spl
 from attnproof.kernels.softmax_rows import softmax_rows
 from tests.quality import spills
 
+pytestmark = pytest.mark.emulator
+
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
 HALVES = (torch.float16, torch.bfloat16)

@@ -184,6 +184,7 @@ def test_scores_of_1e10() -> None:
     assert all(y.isfinite().all() for y in torch.autograd.grad(o.sum(), (q, k, v, lam)))
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target: str) -> None:
     with emulate(target):
@@ -214,6 +215,7 @@ def test_arguments() -> None:
         attention(*(x.double() for x in (q, k, v, lam)), scale=0.3)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_without_spills(dtype: torch.dtype, target: str) -> None:

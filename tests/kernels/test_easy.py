@@ -162,6 +162,7 @@ def test_memory_beyond_the_end_does_not_leak(band: int | None) -> None:
     assert_exact(*views, band=band)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_target(target: str) -> None:
     with emulate(target):
@@ -169,6 +170,7 @@ def test_every_target(target: str) -> None:
             assert_exact(*inputs(dtype), band=20)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles(target: str) -> None:
     alpha, v, _ = inputs(torch.float16, n=64, e=64)

@@ -23,6 +23,7 @@ from attnproof.properties.families.gradients import GradientProblem
 from attnproof.properties.families.mlstm import MLSTM
 from attnproof.properties.oracle import evaluate
 from tests.kernels.mlstm_reference import DTYPES, FORMS, INPUTS, carried, inputs, options, outputs
+from tests.kernels.native import DEVICE, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -31,13 +32,15 @@ def assert_exact(entry: Any, t: Mapping[str, Tensor], scale: float = 0.3) -> dic
     """Every output within its certain budget, and their mean squares near the probable one."""
     contract = contract_of(entry)
     assert contract is not None
+    contract = contract.on(DEVICE)
     here = {name: x.cpu() for name, x in t.items()}
-    problem = MLSTM.problem(*(here[name] for name in INPUTS), scale=scale, **options(here))
-    forward = evaluate(problem, EnclosureArithmetic(), gauges=True)
-    cotangents = {name: here[f"d{name}"] for name in ("o", "state", "n") if f"d{name}" in here}
-    gradient = GradientProblem(problem, forward, cotangents)
-    exact = evaluate(gradient, EnclosureArithmetic())
-    budgets = {**problem.budgets(forward, contract), **gradient.budgets(exact, contract)}
+    with torch.device("cpu"):
+        problem = MLSTM.problem(*(here[name] for name in INPUTS), scale=scale, **options(here))
+        forward = evaluate(problem, EnclosureArithmetic(), gauges=True)
+        cotangents = {name: here[f"d{name}"] for name in ("o", "state", "n") if f"d{name}" in here}
+        gradient = GradientProblem(problem, forward, cotangents)
+        exact = evaluate(gradient, EnclosureArithmetic())
+        budgets = {**problem.budgets(forward, contract), **gradient.budgets(exact, contract)}
     got = outputs(entry, t, scale)
     for name, x in got.items():
         reference, budget = {**forward, **exact}[name], budgets[name]
@@ -139,8 +142,9 @@ def test_a_large_gate_leaves_later_ones_their_bits(form: str) -> None:
     t = inputs(n=16, forget=0.0)
     t["f"][:, :, 1] = -1000.0
     got = outputs(FORMS[form], t)
-    problem = MLSTM.problem(*(t[name].cpu() for name in INPUTS), scale=0.3)
-    exact = evaluate(problem, EnclosureArithmetic())["o"].value
+    with torch.device("cpu"):
+        problem = MLSTM.problem(*(t[name].cpu() for name in INPUTS), scale=0.3)
+        exact = evaluate(problem, EnclosureArithmetic())["o"].value
     error = (got["o"].cpu().double() - exact).abs()
     assert (error / exact.abs().amax(-1, keepdim=True)).max() <= 3e-6
 
@@ -161,8 +165,7 @@ def test_layouts() -> None:
     }
     strided["k"] = torch.randn(1, 2, 16, 40, 3)[..., 1].mT.copy_(t["k"])
     strided["i"] = torch.randn(1, 40, 2, 2)[..., 1].mT.copy_(t["i"])
-    for x, y in zip(outputs(attention, strided).values(), want.values(), strict=True):
-        assert torch.equal(x, y)
+    assert_same_bits([*outputs(attention, strided).values()], [*want.values()])
     one = inputs(torch.bfloat16, n=20)
     one["v"], one["do"] = (
         one["v"][..., :1].expand(1, 2, 20, 16),
@@ -225,6 +228,7 @@ def test_memory_beyond_the_end_does_not_leak() -> None:
             assert torch.equal(x, y)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_every_target(target: str) -> None:
     with emulate(target):

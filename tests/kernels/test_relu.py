@@ -175,6 +175,7 @@ def test_memory_beyond_the_end_does_not_leak() -> None:
     assert_exact(*views, scale=0.25)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_target(target: str) -> None:
     with emulate(target):
@@ -182,6 +183,7 @@ def test_every_target(target: str) -> None:
             assert_exact(*tensors(dtype, m=20, n=33), scale=0.25, causal=True)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles(target: str) -> None:
     q, k, v = tensors(torch.float16, m=64, n=64, d=64, e=64)

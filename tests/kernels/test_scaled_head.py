@@ -197,6 +197,7 @@ def test_nonfinite_keys_stay_in_their_heads() -> None:
     assert torch.equal(o[1, 2:], clean[1, 2:])
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target: str) -> None:
     with emulate(target):
@@ -224,6 +225,7 @@ def test_arguments() -> None:
             attention(q, k, v, scale=0.3, pool=pool)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_without_spills(dtype: torch.dtype, target: str) -> None:

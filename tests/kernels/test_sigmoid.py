@@ -182,15 +182,18 @@ def sigmoid_of_block_kernel(p_x, p_o, p_slope, SIZE: tl.constexpr):
 
 
 def test_sigmoid_to_a_few_ulp() -> None:
-    """exp2 2 ulp, 1 + t, its square, a division of 2 ulp: within 8·u, of x in bits, over all of float32."""
+    """exp2 2 ulp, 1 + t, its square, a division of 2 ulp: within 8·u, of x in bits, over all of float32.
+
+    exp2 flushes subnormal results to zero.
+    """
     ends = torch.tensor([0.0, math.inf, -math.inf, 149.0, -149.0, -150.0, 3e38, -3e38, 2.0**-140, -1e-3])
     x = torch.cat([torch.linspace(-160, 160, 502), 2.0 ** torch.linspace(-149, 120, 512), ends])
     value, slope = torch.empty_like(x), torch.empty_like(x)
     sigmoid_of_block_kernel[(1,)](x, value, slope, SIZE=1024)
     nats = x.double() * math.log(2)
     want, want_slope = torch.sigmoid(nats), torch.sigmoid(nats) * torch.sigmoid(-nats)
-    assert ((value.double() - want).abs() <= 8 * U32 * want + 2.0**-149).all()
-    assert ((slope.double() - want_slope).abs() <= 8 * U32 * want_slope + 2.0**-149).all()
+    assert ((value.double() - want).abs() <= 8 * U32 * want + 2.0**-126).all()
+    assert ((slope.double() - want_slope).abs() <= 8 * U32 * want_slope + 2.0**-126).all()
 
 
 HIDDEN_UNTIL = 24  # 37 queries stand at the end of 53 keys: key 40 is seen from row 24 on
@@ -243,6 +246,7 @@ def test_causal_bias_counts_all_keys() -> None:
     assert torch.allclose(o.double(), torch.arange(1, n + 1).double() / (n + 1), rtol=16 * U32)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_target(target: str) -> None:
     with emulate(target):
@@ -250,6 +254,7 @@ def test_every_target(target: str) -> None:
             assert_exact(*tensors(dtype, m=20, n=33), scale=0.25, causal=True)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles(target: str) -> None:
     q, k, v = tensors(torch.float16, m=64, n=64, d=64, e=64)

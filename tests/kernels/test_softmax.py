@@ -391,6 +391,7 @@ def test_merge_of_empty_sets() -> None:
     assert torch.allclose(got_o[..., 0, :].double(), (weights[..., None] * o[..., 0, :]).sum(0), atol=1e-6)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_target(target: str) -> None:
     with emulate(target):

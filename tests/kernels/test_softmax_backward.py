@@ -527,6 +527,7 @@ def test_no_second_derivative() -> None:
         dq.sum().backward()
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_every_target(target: str) -> None:
     with emulate(target):

@@ -43,8 +43,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (16, 32, 64, 128)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# More positions than a chunk of any form holds, and not a multiple of it.
-BATCH, HEADS, LENGTH = 1, 2, 130
+# More positions than a chunk of any form holds, and not a multiple of it; heads enough to fill tiles of them.
+BATCH, HEADS, LENGTH = 1, 8, 130
 # Heads of which a map of products makes as many features as wider heads have entries.
 PRODUCT_WIDTH = 16
 

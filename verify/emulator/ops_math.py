@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from attnproof.emulator.lowering import Lowering, Run, prepares
+from attnproof.emulator.machine import Context
 from attnproof.emulator.numerics import fused_multiply_add, square_root
 from attnproof.emulator.syntax import Op
+
+# 2 to this power is the smallest normal number of float32.
+_LEAST_EXPONENT = -126.0
 
 Unary = Callable[[Tensor], Tensor]
 
 UNARY: dict[str, Unary] = {
     "math.exp": torch.exp,
-    "math.exp2": torch.exp2,
     "math.expm1": torch.expm1,
     "math.log": torch.log,
     "math.log2": torch.log2,
@@ -45,6 +48,21 @@ def _register_unary(name: str, f: Unary) -> None:
 
 for _name, _f in UNARY.items():
     _register_unary(_name, _f)
+
+
+@prepares("math.exp2", pure=False)
+def _exp2(op: Op, low: Lowering) -> Run:
+    """Triton makes ex2.approx.ftz.f32 of it for CUDA (of tl.exp an ex2.approx.f32, which keeps subnormals)."""
+    if op.operand_types[0].element != "f32":
+        return lambda _, a: torch.exp2(a)
+
+    def run(context: Context, a: Tensor) -> Tensor:
+        result = torch.exp2(a)
+        if context.settings.target.startswith("sm_"):
+            result = torch.where(a < _LEAST_EXPONENT, 0.0, result)
+        return result
+
+    return run
 
 
 @prepares("math.fma")

@@ -147,7 +147,7 @@ class _Script:
 
     def _call(self, function: str, case: Case, inputs: Inputs | None) -> str:
         """A function that builds the arguments and keywords of one call, in the kernel's layout."""
-        trial = self.trial if case is self.evidence.case else prepare(case, self.subject.contract, inputs)
+        trial = self.trial if case is self.evidence.case else prepare(case, self.subject.judged_by, inputs)
         request: CallRequest = trials.request_for(self.subject, trial, repeat=False)
         lines = [f"def {function}():", f'    """The call of {case.id}."""']
         names = []
