@@ -46,7 +46,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The kernels' tests and the main job natively; skipped with a message where there is no GPU."""
+    """On a GPU: what it computes, the kernels' tests, the main job, throughput; skipped where there is none."""
     install(session, "activations", "test")
     probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 4)"
     try:
@@ -54,8 +54,10 @@ def gpu(session: nox.Session) -> None:
     except nox.command.CommandFailed:
         session.skip("no CUDA device is visible to torch here: run this session on a machine with a GPU")
     session.env["ATTNPROOF_DEVICE"] = "cuda"
+    session.run("python", "-m", "pytest", "-s", "tests/kernels/test_hardware.py")
     session.run("python", "-m", "pytest", *(session.posargs or ["tests/kernels"]))
     session.run("attnproof", "verify", "--device", "cuda", "--html", "reports/out/gpu.html")
+    session.run("python", "-m", "tests.benchmarks.throughput")
 
 
 @nox.session

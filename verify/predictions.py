@@ -23,7 +23,7 @@ from attnproof.properties.families.softmax import SoftmaxProblem
 if TYPE_CHECKING:
     from attnproof.judge import Trial
 
-__all__ = ["PREDICTIONS", "division_free", "tanh_approx", "unshifted"]
+__all__ = ["DOCUMENTED_ONLY", "PREDICTIONS", "division_free", "tanh_approx", "unshifted"]
 
 # float16 weights: exp(s) rounds to infinity from 65520 on, and to 0 up to 2^-25 (theory.md, Formats).
 _HALF_OVERFLOW, _HALF_UNDERFLOW = math.log(65520.0), -25.0 * math.log(2.0)
@@ -164,6 +164,10 @@ def tanh_approx(trial: Trial) -> str:
     clear = (error + doubt < 0.25 * budget.probable) | budget.open
     return "PASS" if bool(clear.all()) else "OPEN"
 
+
+DOCUMENTED_ONLY = frozenset({"tanh-approx"})
+"""Predictions from the bound that an instruction's documentation gives. A GPU is often better than that (an
+H100's tanh.approx.f32 in ``nox -s gpu``), so that what must fail by the bound may pass there."""
 
 PREDICTIONS: Mapping[str, Callable[[Trial], str]] = {
     "unshifted": unshifted,

@@ -25,7 +25,7 @@ from attnproof.outcomes import (
     Returned,
     TimedOut,
 )
-from attnproof.predictions import PREDICTIONS
+from attnproof.predictions import DOCUMENTED_ONLY, PREDICTIONS
 from attnproof.properties.case import APART, Case, Inputs, case_states
 from attnproof.properties.contract import Contract
 from attnproof.properties.families.base import Family
@@ -104,6 +104,8 @@ class Subject:
         if not self.prediction:
             return "PASS"
         predicted = PREDICTIONS[self.prediction](trial)
+        if predicted == "FAIL" and self.device.startswith("cuda") and self.prediction in DOCUMENTED_ONLY:
+            return verdict
         return verdict if predicted == "OPEN" else predicted
 
 

@@ -52,7 +52,7 @@ for _name, _f in UNARY.items():
 
 @prepares("math.exp2", pure=False)
 def _exp2(op: Op, low: Lowering) -> Run:
-    """Triton makes ex2.approx.ftz.f32 of it for CUDA (of tl.exp an ex2.approx.f32, which keeps subnormals)."""
+    """Triton makes ex2.approx.ftz.f32 of it for CUDA, but of tl.exp ex2.approx.f32, which does not flush."""
     if op.operand_types[0].element != "f32":
         return lambda _, a: torch.exp2(a)
 
