@@ -46,7 +46,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """On a GPU: what it computes, the kernels' tests, the main job, throughput; skipped where there is none."""
+    """On a GPU: its arithmetic, the kernels' tests, the main job, throughput; skipped where there is none."""
     install(session, "activations", "test")
     probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 4)"
     try:

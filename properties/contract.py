@@ -94,7 +94,8 @@ class Precision:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         found = {name: defaults[name] if value is None else value for name, value in given.items()}
         if found["accumulate"] == "tensor-cores":
-            matrix = found["matmul_input"] in ("float16", "bfloat16", "tf32")
+            # Inputs of 16 bits reach matrix units as they are, too ("ieee").
+            matrix = narrow or found["matmul_input"] in ("float16", "bfloat16", "tf32")
             found["accumulate"] = "truncated" if matrix else wide
         return Precision(**found)
 

@@ -287,6 +287,7 @@ def test_contract() -> None:
     assert contract.supports.max_head_dim == 256
 
 
+@pytest.mark.emulator  # whose tanh has the 11 bits that are documented; an H100's has 16 (test_hardware)
 def test_tanh_example_is_right_where_sigmoid_is_large_and_wrong_where_it_is_small() -> None:
     """SIG-11: a tanh of 11 bits leaves an absolute error of 2⁻¹² after the subtraction, (N + 1)·2⁻¹² of σ."""
     q, k, v = tensors(n=64)
