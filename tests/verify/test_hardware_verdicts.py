@@ -1,6 +1,6 @@
 """Right kernels on an H100 that budgets once accused: what its arithmetic does, redone here without one.
 
-The cases are those that ``nox -s gpu`` met there; tests/kernels/test_hardware.py measures the arithmetic itself.
+The cases are those that ``nox -s gpu`` met there; tests/kernels/test_hardware.py measures its arithmetic.
 """
 
 from __future__ import annotations
