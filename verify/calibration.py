@@ -14,9 +14,8 @@ independent errors behind a statistic. Elements of a row share the errors of its
 and where columns of V are alike (cancelling-values: all of one size) also those of P: such a row's rms is
 that of one error, and the largest of a thousand rows is above 3. Rows of one element have a bin of their own
 for that reason, and thresholds of rows are above those of outputs. In float32 logits of 10³ and more make
-score errors all of the error, with few keys that matter; sums of equal terms, one after the other, round the
-same way each time, so that a kernel that adds key by key is at twice the probable budget where all weights
-tie. Both are in the fit. Equal rows, of broadcast inputs, are one row: the signed mean is judged over
+score errors all of the error, with few keys that matter, which is in the fit. Sums of equal terms, one after
+the other, round the same way each time: the budget knows of those where all terms are one number. Equal rows, of broadcast inputs, are one row: the signed mean is judged over
 distinct rows.
 """
 
