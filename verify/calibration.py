@@ -15,8 +15,8 @@ and where columns of V are alike (cancelling-values: all of one size) also those
 that of one error, and the largest of a thousand rows is above 3. Rows of one element have a bin of their own
 for that reason, and thresholds of rows are above those of outputs. In float32 logits of 10³ and more make
 score errors all of the error, with few keys that matter, which is in the fit. Sums of equal terms, one after
-the other, round the same way each time: the budget knows of those where all terms are one number. Equal rows, of broadcast inputs, are one row: the signed mean is judged over
-distinct rows.
+the other, round the same way each time: the budget knows of those where all terms are one number. Equal rows,
+of broadcast inputs, are one row: the signed mean is judged over distinct rows.
 """
 
 from __future__ import annotations

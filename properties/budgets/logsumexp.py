@@ -14,7 +14,7 @@ import torch
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.budgets.base import ASKED, Budget, broadcast_mask, dtype_name
 from attnproof.properties.budgets.rounding import LARGEST, Roundings, growth
-from attnproof.properties.budgets.rows import Row, normaliser_shift
+from attnproof.properties.budgets.rows import Row, normaliser_rounding, normaliser_shift
 from attnproof.properties.contract import Contract
 
 if TYPE_CHECKING:
@@ -54,13 +54,18 @@ def logsumexp_budget(problem: RowsProblem, reference: Enclosure, contract: Contr
     steps = 8.0 * r.elementwise * (1.0 + logarithm) + 4.0 * r.elementwise * (m + size)
     error = shift.squeeze(-1) + growth(2.0 * n + 8.0, r.accumulate) + steps
     certain = (error * (1.0 + r.output) + r.output * size + r.output_tiny) * _SLACK
-    variance = (row.p.square() * variance_e).sum(-1) + n / 9.0 * r.accumulate**2
+    variance = (row.p.square() * variance_e).sum(-1) + _sum_rounding(row, r).squeeze(-1)
     variance = variance + (r.elementwise * (1.0 + logarithm)).square() * 4.0 / 3.0
     variance = (
         variance
         + (2.0 * r.elementwise**2 * (m**2 + size**2) + r.output**2 * size**2 + r.output_tiny**2) / 3.0
     )
     return _limits(problem, "y", y, certain, variance.sqrt(), contract, r, row)
+
+
+def _sum_rounding(row: Row, r: Roundings) -> torch.Tensor:
+    """Variance, relative and (…, 1), of the rounding of Σ e^x."""
+    return torch.maximum(row.count / 9.0 * r.accumulate**2, normaliser_rounding(row, r))
 
 
 def weights_budget(problem: RowsProblem, reference: Enclosure, contract: Contract) -> Budget:
@@ -84,7 +89,7 @@ def weights_budget(problem: RowsProblem, reference: Enclosure, contract: Contrac
         + 2.0 * r.probabilities_tiny
     )
     certain = (error * (1.0 + r.output) + r.output * y + r.output_tiny) * _SLACK
-    shared = (row.p.square() * variance_e).sum(-1, keepdim=True) + row.count / 9.0 * r.accumulate**2
+    shared = (row.p.square() * variance_e).sum(-1, keepdim=True) + _sum_rounding(row, r)
     variance = y.square() * (variance_e[..., :width] + shared + (3.0 * r.elementwise) ** 2 / 3.0)
     variance = variance + (r.output**2 * y.square() + r.output_tiny**2 + r.probabilities_tiny**2) / 3.0
     return _limits(problem, "y", y, certain, variance.sqrt(), contract, r, row)

@@ -174,8 +174,8 @@ class Propagation(Arithmetic[Estimate]):
         if b.variance is not None:
             variance = variance + a.value.square() @ b.variance
         variance = variance + self._summation(terms, square, _partial(a.value, b.value, value), total)
-        alike = alike_terms(a.value, -1) & alike_terms(b.value, -2)
-        variance = variance + alike * equal_terms(terms, value, r)
+        alike = (alike_terms(a.value, -1, r) + alike_terms(b.value, -2, r) - 1.0).clamp(min=0.0)
+        variance = variance + equal_terms(terms * alike, value, r)
         for side, held, coarse in ((a.value, a.unit, ua), (b.value.mT, b.unit, ub)):
             rounded = max(held or 0.0, coarse)
             if held != 0.0 and rounded > _FINE:
@@ -228,7 +228,7 @@ class Propagation(Arithmetic[Estimate]):
         even = a.value[..., ::2].sum(-1, keepdim=True)
         partial = torch.maximum(value.abs(), torch.maximum(even.abs(), (value - even).abs()))
         variance = variance + torch.where(terms > 1, self._summation(terms, square, partial, total), 0.0)
-        variance = variance + alike_terms(a.value, -1) * equal_terms(terms, value, self.r)
+        variance = variance + equal_terms(terms * alike_terms(a.value, -1, self.r), value, self.r)
         lost = total >= self.r.largest / 2.0
         if a.lost is not None:
             lost = lost | a.lost.any(-1, keepdim=True)
@@ -420,17 +420,24 @@ def coincidence(x: torch.Tensor, unit: float) -> torch.Tensor:
     return (share * (near - share)).sum(-1, keepdim=True).clamp(min=0.0)
 
 
-def alike_terms(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Where all numbers but zeros along ``axis``, which is kept, are one: as near as sums can tell."""
+def alike_terms(x: torch.Tensor, axis: int, r: Roundings) -> torch.Tensor:
+    """The share of the numbers along ``axis``, which is kept, that a sum of all rounds alike.
+
+    They agree to a quarter of the last place of that sum, n·u/2. Zeros do not count; of several numbers that
+    repeat, the largest or the smallest is looked at.
+    """
+    count = (x != 0).sum(axis, keepdim=True).double()
     if not x.shape[axis]:
-        return torch.zeros_like(x.sum(axis, keepdim=True), dtype=torch.bool)
+        return count
+    near = (count * r.accumulate / 2.0).clamp(min=_FINE)
     high = torch.where(x == 0, -torch.inf, x).amax(axis, keepdim=True)
     low = torch.where(x == 0, torch.inf, x).amin(axis, keepdim=True)
-    return high - low <= _FINE * torch.maximum(high.abs(), low.abs())
+    found = [(((x - y).abs() <= near * y.abs()) & (x != 0)).sum(axis, keepdim=True) for y in (high, low)]
+    return torch.maximum(*found) / count.clamp(min=1.0)
 
 
 def equal_terms(n: torch.Tensor, total: torch.Tensor, r: Roundings) -> torch.Tensor:
-    """Variance of the rounding of n equal terms that are added one by one, in no random order.
+    """Variance of the rounding of n equal terms of a sum that are added one by one, in no random order.
 
     Adding one number to partial sums of one binade rounds alike each time; half of the terms fall into the
     last binade, where each errs by up to u times the total. Sums that truncate do so anyway.

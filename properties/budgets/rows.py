@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Row", "Spread", "normaliser_shift", "overtaking", "second_moment"]
+from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings
+
+__all__ = ["Row", "Spread", "normaliser_rounding", "normaliser_shift", "overtaking", "second_moment"]
 
 # exp(700) is near the largest float64: beyond it a perturbation says nothing, and the hull of V takes over.
 _LARGEST_EXPONENT = 700.0
@@ -104,6 +106,28 @@ def normaliser_shift(row: Row, e: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     largest = torch.where(row.x > -torch.inf, e, 0.0).amax(-1, keepdim=True)
     logarithm = torch.where(a < 1.0, -torch.log1p(-a.clamp(max=1.0 - 1e-9)), torch.inf)
     return a, torch.minimum(largest, logarithm)
+
+
+def normaliser_rounding(row: Row, r: Roundings) -> torch.Tensor:
+    """Variance, relative and (…, 1), of the rounding of Σ e^x where terms are added in some order.
+
+    In random order that of n partial sums, n/3. Terms that agree to the last place of the sum are rounded
+    alike wherever they come in, and those below half of it are lost together beside a large one: each errs by
+    min(p, u/2) of the sum, and with all that are within u of it. The largest terms are 1 exactly, and so are
+    their sums.
+    """
+    apart = row.count / 3.0 * MEAN_SQUARE * r.accumulate**2
+    if r.truncated or not row.p.shape[-1]:
+        return apart
+    ordered, order = row.p.sort(-1)
+    ordered = ordered.contiguous()
+    error = ordered.clamp(max=r.accumulate / 2.0)
+    error = torch.where(row.distance.gather(-1, order) == 0.0, 0.0, error)
+    below = torch.nn.functional.pad(error.cumsum(-1), (1, 0))
+    high = below.gather(-1, torch.searchsorted(ordered, ordered + r.accumulate, right=True))
+    low = below.gather(-1, torch.searchsorted(ordered, ordered - r.accumulate, right=False))
+    tied = MEAN_SQUARE * (error * (high - low)).sum(-1, keepdim=True)
+    return torch.maximum(apart, tied)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from attnproof.properties.budgets.rounding import LARGEST, MEAN_SQUARE, Rounding
 from attnproof.properties.budgets.rows import (
     Row,
     Spread,
+    normaliser_rounding,
     normaliser_shift,
     overtaking,
     second_moment,
@@ -396,12 +397,11 @@ def _probable_output(
     if r.truncated:
         variance = variance + (2.0**-23 * n / 2.0 * (p @ v.abs())).square()
     else:
-        # The normaliser's own sum, of positive terms, is Σ T_k² ≈ n/3 with T_n = 1.
-        sums = _summation_variance(n, squares, o) + n / 3.0 * MEAN_SQUARE * o.square()
-        variance = variance + r.accumulate**2 * sums
+        variance = variance + r.accumulate**2 * _summation_variance(n, squares, o)
+        variance = variance + normaliser_rounding(row, r) * o.square()
         # Equal weights of equal values.
-        alike = alike_terms(p, -1) & alike_terms(v, -2)
-        variance = variance + alike * equal_terms(n, o, r)
+        alike = (alike_terms(p, -1, r) + alike_terms(v, -2, r) - 1.0).clamp(min=0.0)
+        variance = variance + equal_terms(n * alike, o, r)
     variance = variance + (3.0 * r.elementwise * o).square() / 3.0
     variance = variance + half_spacing(o, r.output, r.output_tiny).square() / 3.0
     return (variance + n * r.accumulate_tiny**2 / 3.0).sqrt()
@@ -488,7 +488,7 @@ def _lse_budget(
     error = shift.squeeze(-1) + growth(2.0 * n + 8.0, r.accumulate) + steps
     certain = (error * (1.0 + r.output) + r.output * size + r.output_tiny) * _SLACK
     p2 = row.p.square()
-    variance = (p2 * variance_e).sum(-1) + n / 3.0 * MEAN_SQUARE * r.accumulate**2
+    variance = (p2 * variance_e).sum(-1) + normaliser_rounding(row, r).squeeze(-1)
     if max(r.operand, r.input) > 2.0**-20 and logits.k.shape[-2]:
         p = row.p[..., : logits.k.shape[-2]]
         sigma = query_rounding(problem, r, logits.q)

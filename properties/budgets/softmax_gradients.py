@@ -20,8 +20,8 @@ import torch
 from attnproof.properties.arithmetic.base import Enclosure
 from attnproof.properties.budgets.base import Budget, dtype_name
 from attnproof.properties.budgets.propagation import Estimate, Propagation, ScaledOperands, coincidence
-from attnproof.properties.budgets.rounding import MEAN_SQUARE, Roundings, growth
-from attnproof.properties.budgets.rows import normaliser_shift
+from attnproof.properties.budgets.rounding import Roundings, growth
+from attnproof.properties.budgets.rows import normaliser_rounding, normaliser_shift
 from attnproof.properties.budgets.softmax import (
     PROBES,
     Weighing,
@@ -137,7 +137,7 @@ def _weights(w: Weighing, r: Roundings) -> tuple[Estimate, torch.Tensor]:
     variance = variance + torch.where(row.p < r.probabilities_tiny, row.p.square(), 0.0)
     common = (row.p.square() * w.variance).sum(-1, keepdim=True)
     common = common + ((2.0 * r.elementwise + r.lse) * size).square() / 3.0
-    common = common + row.count / 3.0 * MEAN_SQUARE * r.accumulate**2
+    common = common + normaliser_rounding(row, r)
     return Estimate(row.p, certain, variance, lost if bool(lost.any()) else None), common
 
 
@@ -271,8 +271,9 @@ def _add_operand_response(
         total["dk"] += together(moved).mT.square() @ together(queries).square()
         total["dv"] += together(weights).mT.square() @ together(do).square()
         # A key's error is one for all queries of its column, and another for each key of a row.
+        signs = torch.randint(0, 2, keys.shape[-2:], generator=generator).double() * 2.0 - 1.0
         weights, moved = response(queries @ (by_key * signs).mT)
-        total["dq"] += moved.square() @ keys.square()
+        total["dq"] += (moved @ keys).square()
         total["dk"] += (together(moved).mT @ together(queries)).square()
         total["dv"] += (together(weights).mT @ together(do)).square()
     for name, more in total.items():

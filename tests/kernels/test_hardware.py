@@ -115,10 +115,9 @@ def exact_hopper() -> bool:
 @pytest.mark.parametrize("size", [16, 64], ids=["16 wide", "64 wide, one warpgroup"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["f16", "bf16", "tf32"])
 def test_matrix_units_align_and_truncate(dtype: torch.dtype, size: int) -> None:
-    """Products beside a 1 keep 25 fractional bits on Hopper, and the sum is cut, not rounded, to 23."""
+    """Products beside a 1 keep 24 fractional bits at least on Hopper; the sum is cut, not rounded, to 23."""
     found = [one_and_products(4.0**-k, n, dtype, size) for k, n in ((12, 4), (13, 4), (12, 3), (11, 3))]
-    # Sums beside the 1, in units of its last place: 2, 1/2, 3/2, 6. The third would be rounded to 2; of the
-    # second 25 bits see nothing, and 26 would see it and cut it off.
+    # Sums beside the 1, in units of its last place: 2, 1/2, 3/2, 6. The third would be rounded to 2.
     print(f"\n{dtype}, {size}: 4·2^-24, 4·2^-26, 3·2^-24, 3·2^-22 beside 1 give {found} units of 2^-23")
     if not exact_hopper():
         pytest.skip("known of Hopper only")

@@ -119,3 +119,45 @@ def test_what_a_contract_means_on_a_device() -> None:
     assert declared.on("cuda") is declared
     with pytest.raises(ContractError, match="accumulate='cores'"):
         Precision(accumulate="cores")
+
+
+@pytest.mark.parametrize("family", ["softmax_rows", "logsumexp"])
+@pytest.mark.parametrize("regime", ["tied", "outliers"])
+def test_rows_may_be_added_key_by_key(family: str, regime: str) -> None:
+    """A dozen distinct terms, or many that are lost beside a large one: no errors in random order."""
+    found = prepare(Case.parse(f"{family}:float32:{regime}:R40,N1000:-:contiguous:1"), Contract(family))
+    x = found.inputs.tensors["x"]
+    largest = x.amax(-1, keepdim=True)
+    terms = torch.exp(x - largest)
+    total = torch.zeros_like(largest)
+    for column in terms.split(1, -1):
+        total = total + column
+    y = (largest + torch.log(total))[..., 0] if family == "logsumexp" else terms / total
+    judgement = found.judge({"y": y})
+    assert judgement.verdict == "PASS", judgement.failures
+
+
+def test_keys_that_round_apart_do_not_cancel() -> None:
+    """One component carries all logits: the errors of two keys' are no common shift."""
+    case = Case.parse(
+        "scaled_head:float16:descending:B1,H2,G1,M193,N128,D128,E128:pool=7+2,cotangents=aligned:transposed:"
+        "471100020"
+    )
+    result = attnproof.check("attnproof.kernels.scaled_head:attention", case, device="emulator:sm_90")
+    assert result.verdict == "PASS", str(result)
+
+
+def test_an_output_that_is_cut_is_biased_on_a_gpu_too() -> None:
+    """Where truncating sums are no visible part of the budget they excuse nothing."""
+    case = Case.parse(
+        "softmax:float16:uniform:B1,H4,G2,M17,N17,D128,E128:window=3..,bias=bhmn,cu_seqlens=5+0+12:contiguous:500009"
+    )
+    contract = Contract("softmax", options=("window", "bias", "cu_seqlens")).on("cuda")
+    found = prepare(case, contract)
+    exact = found.reference.outputs["o"].value
+    half = exact.half()
+    cut_off = torch.where(
+        half.double().abs() > exact.abs(), half.view(torch.int16) - 1, half.view(torch.int16)
+    )
+    assert "bias" in {failure.rule for failure in found.judge({"o": cut_off.view(torch.float16)}).failures}
+    assert found.judge({"o": half}).verdict == "PASS"
