@@ -11,6 +11,8 @@ from torch import Tensor
 
 import attnproof
 from attnproof.judge import Trial, prepare
+from attnproof.properties.budgets.propagation import alike_terms
+from attnproof.properties.budgets.rounding import Roundings
 from attnproof.properties.case import Case
 from attnproof.properties.contract import Contract, ContractError, Precision
 
@@ -161,3 +163,18 @@ def test_an_output_that_is_cut_is_biased_on_a_gpu_too() -> None:
     )
     assert "bias" in {failure.rule for failure in found.judge({"o": cut_off.view(torch.float16)}).failures}
     assert found.judge({"o": half}).verdict == "PASS"
+
+
+def test_terms_are_alike_where_their_sum_cannot_tell_them_apart() -> None:
+    """σ ≈ 1 − 6·10^-6 differs by less than the last place of a sum of 226, and not of a sum of 4."""
+    r = Roundings.of(Contract("sigmoid"), "float32")
+    generator = torch.Generator().manual_seed(0)
+    x = 1.0 - 6e-6 * torch.rand(226, generator=generator, dtype=torch.float64)
+    assert alike_terms(x, -1, r).item() > 0.9
+    assert alike_terms(x[:4], -1, r).item() <= 0.5
+    spread = torch.rand(226, generator=generator, dtype=torch.float64)
+    assert alike_terms(spread, -1, r).item() < 0.02
+    half = torch.cat(
+        [torch.ones(113, dtype=torch.float64), spread[:113], torch.zeros(50, dtype=torch.float64)]
+    )
+    assert abs(alike_terms(half, -1, r).item() - 0.5) < 0.02
